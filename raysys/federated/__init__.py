@@ -1,0 +1,1 @@
+"""Federated learning: the shared core and the systems built on it."""

@@ -1,0 +1,1 @@
+"""Serving systems: Andes (QoE-aware text streaming)."""

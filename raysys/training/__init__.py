@@ -1,0 +1,1 @@
+"""Training systems: savings inside an ordinary training run."""
