@@ -1,0 +1,1 @@
+"""Andes: QoE-aware serving of streamed text (arXiv 2404.16283)."""
