@@ -7,7 +7,7 @@ RaysysError                     base: catch this to catch them all        exit c
 ├── RemoteError                 a process, cluster or network peer failed  exit code 5
 ├── StorageError                a file or directory cannot be used         exit code 6
 │   └── DataError               a file was read, but its content is wrong  exit code 6
-└── Interrupted                 the user or the platform asked us to stop  exit code 130
+└── InterruptedRunError         the user or the platform asked us to stop  exit code 130
 
 Errors cross process borders, so every argument goes positionally to ``super().__init__`` and the
 text is built in ``__str__``: pickling then rebuilds the same error and never doubles the message.
@@ -121,7 +121,7 @@ class DataError(StorageError):
     """A file was read but what it holds is damaged, of another version, or of the wrong kind."""
 
 
-class Interrupted(RaysysError):
+class InterruptedRunError(RaysysError):
     """The run was asked to stop (Ctrl-C or SIGTERM) and did so cleanly."""
 
     exit_code: ClassVar[int] = 130

@@ -3,8 +3,10 @@
 Variables that raysys understands:
 
 ``RAYSYS_HOME``      where models and compiled kernels are cached (default ``~/.cache/raysys``)
-``RAYSYS_DATA``      folder with the data sets named in ``docs/data.md``; absent means packaged data
-``RAYSYS_TEMP``      parent of a private Ray's session files (default: the system's temporary folder)
+``RAYSYS_DATA``      folder with the optional data sets; absent means packaged or generated data
+``RAYSYS_TEMP``      folder for a private Ray's session files (default: Ray's own)
+
+Of Ray's own variables it reads ``RAY_ADDRESS``, ``RAY_AUTH_TOKEN`` and ``RAY_AUTH_TOKEN_PATH``.
 """
 
 from __future__ import annotations
@@ -42,6 +44,19 @@ def temp_dir() -> Path | None:
     """Parent folder for a private Ray's session files, or None for the system's default."""
     given = os.environ.get("RAYSYS_TEMP")
     return Path(given) if given else None
+
+
+def cluster_address() -> str | None:
+    """Address of the cluster that this process belongs to; set by Ray inside a submitted job."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
+def has_ray_token() -> bool:
+    """Whether a Ray authentication token is configured for this user."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return True
+    given = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return (Path(given) if given else Path.home() / ".ray" / "auth_token").is_file()
 
 
 def app_root() -> Path:

@@ -1,0 +1,1 @@
+"""Numeric operations: a reference version, the choice of a version, and the kernel loader."""
