@@ -1,0 +1,173 @@
+"""The engine-side brain of Andes: when to plan, with which models, in which mode.
+
+The vLLM adapter and the simulator drive this same object. It reads no clock and touches no engine:
+the caller reports events and finished steps, asks :meth:`AndesScheduler.due`, hands in a snapshot
+and carries out the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from raysys.config import check_choice, check_range
+from raysys.serving.andes.controller import ControllerConfig, HarmController
+from raysys.serving.andes.models import LatencyModel, RestoreModel, StepTime
+from raysys.serving.andes.planner import Planner, PlannerConfig
+from raysys.serving.andes.snapshot import Mode, Plan, Snapshot
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AndesConfig:
+    """Everything that a serving engine may set.
+
+    Args:
+        policy: ``"andes"``, or ``"fcfs"`` to switch planning off.
+        planner, controller: options of the parts.
+        step_time: seed of the latency model, from ``raysys calibrate serving``.
+        learn: fit the latency model while serving.
+        restore_fixed_s: constant seconds per restore.
+        swap_per_token_s: seconds per token from a host tier; None without one.
+    """
+
+    policy: Literal["andes", "fcfs"] = "andes"
+    planner: PlannerConfig = field(default_factory=PlannerConfig)
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
+    step_time: StepTime = field(default_factory=StepTime)
+    learn: bool = True
+    restore_fixed_s: float = 0.0
+    swap_per_token_s: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice(self, "policy", ("andes", "fcfs"))
+        check_range(self, "restore_fixed_s", 0.0)
+        if self.swap_per_token_s is not None:
+            check_range(self, "swap_per_token_s", 0.0)
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the start, for metrics and tests."""
+
+    steps: int = 0
+    plans: int = 0
+    triggered: int = 0
+    pauses: int = 0
+    starved: int = 0
+    faults: int = 0
+    busy_s: float = 0.0
+    restore_s: float = 0.0
+    predicted_gain: float = 0.0
+    predicted_loss: float = 0.0
+
+
+class AndesScheduler:
+    """Plans at events and at least every ``plan_every`` steps, at most once per step.
+
+    Args:
+        config: options.
+        on_error: called with the exception when a plan fails; the step then falls back to FCFS,
+            because a scheduler's bug must not take the engine down.
+    """
+
+    def __init__(
+        self,
+        config: AndesConfig | None = None,
+        on_error: Callable[[Exception], None] | None = None,
+    ) -> None:
+        self.config = config or AndesConfig()
+        self.planner = Planner(self.config.planner)
+        self.latency = LatencyModel(self.config.step_time)
+        self.controller = HarmController(self.config.controller)
+        self.counters = Counters()
+        self._on_error = on_error
+        self._steps_since_plan = self.config.planner.plan_every
+        self._event = False
+
+    @property
+    def mode(self) -> Mode:
+        return "fcfs" if self.config.policy == "fcfs" else self.controller.mode
+
+    @property
+    def restore_model(self) -> RestoreModel:
+        return RestoreModel(
+            per_token_s=self.latency.step_time.per_prefill_token_s,
+            fixed_s=self.config.restore_fixed_s,
+            swap_per_token_s=self.config.swap_per_token_s,
+        )
+
+    def on_event(self) -> None:
+        """A request arrived, finished or was aborted: plan before the next step."""
+        self._event = True
+
+    def on_step(
+        self,
+        batch: int,
+        prefill_tokens: int,
+        context_tokens: int,
+        seconds: float,
+        restored_tokens: float = 0.0,
+    ) -> None:
+        """A step of the engine ended.
+
+        Args:
+            batch: sequences that took part.
+            prefill_tokens: prompt (or recomputed) tokens computed in it.
+            context_tokens: KV tokens held by the batch.
+            seconds: how long it took.
+            restored_tokens: those of ``prefill_tokens`` that only repeat work lost by a pause.
+        """
+        self._steps_since_plan += 1
+        restore_s = min(seconds, float(self.restore_model.cost(restored_tokens)))
+        counters = self.counters
+        counters.steps += 1
+        counters.busy_s += seconds
+        counters.restore_s += restore_s
+        self.controller.on_step(seconds, restore_s)
+        if self.config.learn:
+            self.latency.observe(batch, prefill_tokens, context_tokens, seconds)
+
+    def due(self) -> bool:
+        """Whether to plan before the next step."""
+        return self._event or self._steps_since_plan >= self.config.planner.plan_every
+
+    def plan(self, snapshot: Snapshot) -> Plan:
+        """Plan for the coming steps; never raises for a bug in planning."""
+        self._event = False
+        self._steps_since_plan = 0
+        try:
+            plan = self.planner.plan(
+                snapshot, self.latency.step_time, self.restore_model, self.mode
+            )
+        except Exception as error:
+            if self._on_error is not None:
+                self._on_error(error)
+            self.counters.faults += 1
+            self.controller.on_fault()
+            plan = _arrival_order(snapshot)
+        counters = self.counters
+        counters.plans += 1
+        counters.triggered += plan.triggered
+        counters.pauses += int(plan.pause.size)
+        counters.starved += plan.starved
+        counters.predicted_gain += plan.gain
+        counters.predicted_loss += plan.loss
+        return plan
+
+    def on_plan_time(self, seconds: float) -> None:
+        """How long the last :meth:`plan` took, measured by the caller."""
+        self.controller.on_plan(seconds)
+
+
+def _arrival_order(snapshot: Snapshot) -> Plan:
+    waiting = np.flatnonzero(~snapshot.running)
+    order = waiting[np.argsort(-snapshot.elapsed_s[waiting], kind="stable")]
+    return Plan(
+        admit=order.astype(np.int64),
+        batch_cap=snapshot.max_batch,
+        mode="fcfs",
+        reason="planning failed",
+    )
