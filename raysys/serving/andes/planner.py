@@ -107,7 +107,7 @@ class Planner:
             mode: ``"admission_only"`` never pauses, ``"fcfs"`` keeps the order of arrival.
         """
         waiting = ~snapshot.running
-        if mode == "fcfs" or not waiting.any() or not self.triggered(snapshot, step_time):
+        if mode == "fcfs" or not self.triggered(snapshot, step_time):
             order = _by_arrival(snapshot, np.flatnonzero(waiting))
             reason = "fcfs" if mode == "fcfs" else "nothing is short"
             return Plan(admit=order, batch_cap=snapshot.max_batch, mode=mode, reason=reason)
@@ -115,6 +115,10 @@ class Planner:
 
     def triggered(self, snapshot: Snapshot, step_time: StepTime) -> bool:
         """Whether memory or compute is short: otherwise everything that fits is admitted."""
+        if snapshot.free_tokens < self.config.growth_tokens * float(snapshot.running.sum()):
+            return True  # the engine would evict somebody before the next plan
+        if snapshot.running.all():
+            return False
         used = snapshot.capacity_tokens - snapshot.free_tokens
         if used >= self.config.watermark * snapshot.capacity_tokens:
             return True

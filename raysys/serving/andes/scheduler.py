@@ -110,6 +110,8 @@ class AndesScheduler:
         context_tokens: int,
         seconds: float,
         restored_tokens: float = 0.0,
+        *,
+        steps: int = 1,
     ) -> None:
         """A step of the engine ended.
 
@@ -119,16 +121,17 @@ class AndesScheduler:
             context_tokens: KV tokens held by the batch.
             seconds: how long it took.
             restored_tokens: those of ``prefill_tokens`` that only repeat work lost by a pause.
+            steps: equal steps reported together (a simulator); ``seconds`` is their sum.
         """
-        self._steps_since_plan += 1
+        self._steps_since_plan += steps
         restore_s = min(seconds, float(self.restore_model.cost(restored_tokens)))
         counters = self.counters
-        counters.steps += 1
+        counters.steps += steps
         counters.busy_s += seconds
         counters.restore_s += restore_s
         self.controller.on_step(seconds, restore_s)
         if self.config.learn:
-            self.latency.observe(batch, prefill_tokens, context_tokens, seconds)
+            self.latency.observe(batch, prefill_tokens, context_tokens, seconds / steps)
 
     def due(self) -> bool:
         """Whether to plan before the next step."""
