@@ -96,7 +96,8 @@ class StackedNet(nn.Module):
     def features(self, x_BM: torch.Tensor) -> torch.Tensor:
         """Penultimate features (M, B, D) of inputs (B, M, ...)."""
         hidden = self.body(self._stack(x_BM))
-        return hidden.reshape(len(x_BM), self.models, -1).transpose(0, 1)
+        features: torch.Tensor = hidden.reshape(len(x_BM), self.models, -1).transpose(0, 1)
+        return features
 
     def forward(self, x_BM: torch.Tensor) -> torch.Tensor:
         """Logits (M, B, C) of inputs (B, M, ...): model ``m`` sees ``x_BM[:, m]``."""
