@@ -1,0 +1,67 @@
+"""The forward pass of a model that is cut into layer modules.
+
+Wrapped in DistributedDataParallel, this is the module that data-parallel training calls; it holds
+the user's model as its only child, so parameter names and state stay the user's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raysys.training.kgt.plan import ModulePlan
+
+
+class SegmentRunner(nn.Module):
+    """Runs modules ``start ..`` of a traced model, with outputs captured on the way."""
+
+    def __init__(self, model: nn.Module, plan: ModulePlan) -> None:
+        super().__init__()
+        self.model = model
+        # A tuple keeps the segments out of this module's children: their parameters are the model's.
+        self._segments = tuple(module.segment for module in plan.modules)
+
+    def forward(
+        self,
+        inputs: Sequence[Tensor],
+        h: Tensor | None = None,
+        start: int = 0,
+        capture: Sequence[int] = (),
+        rows: int = 0,
+    ) -> tuple[Any, list[Tensor]]:
+        """Run to the model's output.
+
+        Args:
+            inputs: the model's inputs.
+            h: what module ``start`` takes in; None at the model's beginning.
+            capture: ascending module indices whose outputs are kept (detached, first ``rows``).
+
+        Returns:
+            The output, and the captured outputs in order.
+        """
+        kept: list[Tensor] = []
+        value: Any = h
+        for index in range(start, len(self._segments)):
+            value = self._run(index, value, inputs)
+            if index in capture:
+                kept.append(value.detach()[:rows])
+        return value, kept
+
+    def prefix(
+        self, inputs: Sequence[Tensor], upto: int, h: Tensor | None = None, start: int = 0
+    ) -> Tensor:
+        """Output of modules ``start .. upto - 1`` without gradients."""
+        value: Any = h
+        with torch.no_grad():
+            for index in range(start, upto):
+                value = self._run(index, value, inputs)
+        assert isinstance(value, Tensor)
+        return value
+
+    def _run(self, index: int, value: Any, inputs: Sequence[Tensor]) -> Any:
+        segment = self._segments[index]
+        assert segment is not None
+        return segment(value, *inputs)
