@@ -128,7 +128,7 @@ def parameters_of(model: nn.Module, units: Sequence[str]) -> tuple[nn.Parameter,
     return tuple(found.values())
 
 
-class _Reached(Exception):
+class _Reached(Exception):  # noqa: N818 - a signal, not an error
     """Ends a forward pass once the last wanted output is there."""
 
 

@@ -162,7 +162,7 @@ def _measure(
         out = part(arriving, *example)
         middle = clock()
         if isinstance(out, Tensor) and out.requires_grad:
-            out.backward(torch.ones_like(out))
+            torch.autograd.backward(out, torch.ones_like(out))
         forward.append(middle - start)
         backward.append(clock() - middle)
     cost = ModuleCost(forward_s=statistics.median(forward), backward_s=statistics.median(backward))
@@ -239,7 +239,7 @@ def _groups_of(fine: Sequence[LayerModule], signature: Sequence[Sequence[str]]) 
     return groups
 
 
-def _check_count(groups: Sequence[Sequence[int]], notes: Sequence[str]) -> None:
+def _check_count(groups: Sequence[object], notes: Sequence[str]) -> None:
     if len(groups) < 2:
         why = "; ".join(notes) or "the model is a single block"
         raise InfeasibleError(

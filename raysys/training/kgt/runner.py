@@ -21,7 +21,7 @@ class SegmentRunner(nn.Module):
     def __init__(self, model: nn.Module, plan: ModulePlan) -> None:
         super().__init__()
         self.model = model
-        # A tuple keeps the segments out of this module's children: their parameters are the model's.
+        # A tuple keeps the segments out of the children: their parameters are the model's.
         self._segments = tuple(module.segment for module in plan.modules)
 
     def forward(

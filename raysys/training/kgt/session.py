@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from raysys.errors import ConfigError, StorageError
+from raysys.errors import ConfigError, DataError, StorageError
 from raysys.training.kgt.cache import ActivationCache
 from raysys.training.kgt.config import KGTConfig, resolve
 from raysys.training.kgt.controller import EventSink, FreezeController, ignore
@@ -184,7 +184,7 @@ class KGT:
 
     def _hooked(self, inputs: Sequence[Tensor], wanted: Sequence[int]) -> Any:
         if not wanted:
-            return self._forward_module.model(*inputs) if not self._wrap else self.model(*inputs)
+            return self.model(*inputs)
         rows = subsample(inputs[0].shape[0], self.config.gram_rows).stop
         units = {index: self.plan.modules[index].units[-1] for index in wanted}
         with Capture(self.model, units, rows) as capture:
@@ -346,8 +346,6 @@ def check_signature(here: Sequence[Sequence[str]], there: Sequence[Sequence[str]
     Raises:
         DataError: they differ; the message shows the first difference.
     """
-    from raysys.errors import DataError
-
     if [list(units) for units in here] == [list(units) for units in there]:
         return
     pairs = list(zip(here, there))
