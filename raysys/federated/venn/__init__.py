@@ -1,0 +1,1 @@
+"""Venn: one population of devices shared by many federated jobs (arXiv 2312.08298)."""
