@@ -8,6 +8,7 @@ every error is a :class:`~raysys.errors.ConfigError` with the dotted path of the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -187,7 +188,8 @@ def _with_path(cls: Any, values: Any, error: ConfigError) -> ConfigError:
 def _paths_of_field(cls: Any, values: Any, error: ConfigError, prefix: str) -> list[str]:
     if not dataclasses.is_dataclass(cls) or not isinstance(values, Mapping):
         return []
-    found = [f"{prefix}{error.field}"] if values.get(error.field, _ABSENT) == error.value else []
+    given = values.get(error.field, _ABSENT)
+    found = [f"{prefix}{error.field}"] if _same(given, error.value) else []
     for name, annotation in typing.get_type_hints(cls).items():
         for inner in _alternatives(annotation):
             found += _paths_of_field(inner, values.get(name), error, f"{prefix}{name}.")
@@ -195,6 +197,17 @@ def _paths_of_field(cls: Any, values: Any, error: ConfigError, prefix: str) -> l
 
 
 _ABSENT = object()
+
+
+def _same(given: Any, checked: Any) -> bool:
+    """Whether ``checked`` came from ``given``, which may be text of a number, or NaN."""
+    if isinstance(checked, float):
+        with contextlib.suppress(TypeError, ValueError):
+            return float(given) == checked or (math.isnan(float(given)) and math.isnan(checked))
+        return False
+    if isinstance(checked, tuple) and isinstance(given, list):
+        return tuple(given) == checked
+    return bool(given == checked)
 
 
 def _interval(low: float, high: float, low_open: bool, high_open: bool) -> str:
