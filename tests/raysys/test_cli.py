@@ -1,0 +1,128 @@
+"""The command line: the catalogue of jobs, help, unknown jobs, the doctor."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raysys import machine
+from raysys.cli import doctor
+from raysys.cli.catalogue import find_jobs
+from raysys.cli.main import main
+
+
+def test_catalogue_reads_without_importing(tmp_path: Path) -> None:
+    jobs = tmp_path / "jobs"
+    (jobs / "big").mkdir(parents=True)
+    guard = '\nif __name__ == "__main__":\n    pass\n'
+    (jobs / "small.py").write_text('"""Small job.\n\nMore."""\nimport nowhere\n' + guard)
+    (jobs / "big" / "__main__.py").write_text('"""Big job."""\n' + guard)
+    (jobs / "library.py").write_text('"""No job."""\n')
+    (jobs / "__init__.py").write_text("")
+    found = find_jobs(tmp_path)
+    assert [(entry.name, entry.help) for entry in found] == [
+        ("big", "Big job."),
+        ("small", "Small job."),
+    ]
+
+
+def test_every_job_has_one_line_of_help() -> None:
+    entries = find_jobs(machine.app_root())
+    assert {"bench", "report", "submit", "tour"} <= {entry.name for entry in entries}
+    assert all(10 < len(entry.help) < 100 for entry in entries)
+
+
+def test_help_names_every_job(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {entry.name} " in text for entry in find_jobs(machine.app_root()))
+
+
+@pytest.mark.parametrize("words", [["turo"], ["run", "turo"]])
+def test_unknown_job(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "'turo'" in error
+    assert "Did you mean 'tour'" in error
+
+
+def test_run_needs_a_job(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run"]) == 2
+    assert "JOB" in capsys.readouterr().err
+
+
+def test_run_starts_the_job_as_a_process() -> None:
+    command = [sys.executable, "-m", "raysys.cli", "run", "report", "/nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 6
+    assert "holds no run" in done.stderr
+
+
+def test_doctor_is_truthful_about_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("RAYSYS_DATA", "/nowhere")
+    checks = (
+        doctor.compiler,
+        doctor.data,
+        doctor.package("no_such_module", "a test", "get it", required=True),
+        doctor.package("json", "a test", "get it"),
+        doctor.package("json", "a test", "get it", attribute="no_such_attribute"),
+    )
+    findings = doctor.examine(checks)
+    assert [finding.state for finding in findings] == [
+        "missing",
+        "warning",
+        "missing",
+        "ok",
+        "missing",
+    ]
+    assert "no_such_module" in findings[2].detail
+    assert all(finding.remedy for finding in findings if finding.state != "ok")
+
+
+def test_doctor_notices_a_broken_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho no headers >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    finding = doctor.compiler()
+    assert finding.state == "missing"
+    assert "no headers" in finding.detail
+
+
+def test_doctor_exit_code_follows_what_is_required(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = doctor.package("json", "a test", "get it", required=True)
+    monkeypatch.setattr(doctor, "CHECKS", (good, doctor.loopback))
+    assert doctor.main(["--json"]) == 0
+    assert [item["state"] for item in json.loads(capsys.readouterr().out)] == ["ok", "ok"]
+    bad = doctor.package("no_such_module", "a test", "get it", required=True)
+    monkeypatch.setattr(doctor, "CHECKS", (good, bad))
+    assert doctor.main([]) == 3
+    assert "MISSING  no_such_module" in capsys.readouterr().out
+
+
+def test_doctor_runs_without_any_dependency(tmp_path: Path) -> None:
+    """With the standard library alone (-S hides site-packages) it still answers, truthfully."""
+    environment = {"PYTHONPATH": str(machine.app_root()), "HOME": str(tmp_path), "PATH": "/nowhere"}
+    program = (
+        "from raysys.cli import doctor; import sys;"
+        "doctor.CHECKS = (doctor.python_version, doctor.compiler,"
+        " doctor.package('ray', 'all', 'get it', required=True));"
+        "sys.exit(doctor.main([]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert "ok       Python" in done.stdout
+    assert "MISSING  C++ compiler" in done.stdout
