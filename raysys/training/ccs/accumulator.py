@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raysys.config import check_choice, check_range
-from raysys.errors import ConfigError
+from raysys.errors import ConfigError, RemoteError
 from raysys.training.ccs.dynamics import StatBatch
 from raysys.training.ccs.table import ScoreTable, check_ids
 
@@ -109,14 +109,23 @@ class ScoreAccumulator:
             raise ConfigError("epoch", epoch, f">= {self.committed_epoch}", remedy)
         self._pending = {key: batch for key, batch in self._pending.items() if key[0] != epoch}
 
-    def commit(self, epoch: int) -> int:
+    def commit(self, epoch: int, expected: int | None = None) -> int:
         """Apply an epoch's batches in order; returns the examples that were visited.
 
         Committing an epoch again without :meth:`reopen` changes nothing and returns 0.
+
+        Args:
+            expected: number of batches that were sent; None takes what has come.
+
+        Raises:
+            RemoteError: fewer batches are pending than ``expected``; send them again.
         """
         if epoch <= self.committed_epoch:
             return 0
         keys = sorted(key for key in self._pending if key[0] <= epoch)
+        if expected is not None and len(keys) < expected:
+            reason = f"holds {len(keys)} of {expected} batches up to epoch {epoch}"
+            raise RemoteError("score store", reason, "Send the epoch's batches again")
         self._before = {name: column.copy() for name, column in self._state.items()}
         visited = 0
         for each in sorted({key[0] for key in keys}):

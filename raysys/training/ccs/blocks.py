@@ -19,6 +19,7 @@ from raysys.training.ccs.table import check_finite, check_ids
 
 DIGIT_BITS = 16
 DIGITS_PER_WORD = 4
+RANK_BITS = 12  # second digit of a quantile: 28 bits of the key, a relative 2**-16
 ALL_ONES = (1 << 64) - 1
 
 
@@ -157,7 +158,7 @@ class RankDigitPass:
     """Per group, a histogram of the score keys' digit after each of some 16-bit prefixes.
 
     Used by quantile strata: a first call with no prefix, a second within the bins that hold the
-    wanted ranks, so edges are exact to 32 bits of the key (a relative 2**-20).
+    wanted ranks, so edges are exact to 28 bits of the key (a relative 2**-16).
     """
 
     cut: Cut
@@ -172,14 +173,15 @@ class RankDigitPass:
         high = (keys >> np.uint64(48)).astype(np.int64)
         if self.prefixes is None:
             return [_digit_counts(high[group == index]) for index in range(self.groups)]
-        low = ((keys >> np.uint64(32)) & np.uint64(0xFFFF)).astype(np.int64)
+        shift, mask = np.uint64(48 - RANK_BITS), np.uint64((1 << RANK_BITS) - 1)
+        low = ((keys >> shift) & mask).astype(np.int64)
         answers = []
         for index, wanted in enumerate(self.prefixes):
             mine = group == index
             slot = np.searchsorted(wanted, high[mine]) if wanted else np.zeros(0, np.int64)
             hit = np.isin(high[mine], wanted)
-            flat = slot[hit] * (1 << DIGIT_BITS) + low[mine][hit] if wanted else slot
-            answers.append(np.bincount(flat, minlength=len(wanted) << DIGIT_BITS))
+            flat = slot[hit] * (1 << RANK_BITS) + low[mine][hit] if wanted else slot
+            answers.append(np.bincount(flat, minlength=len(wanted) << RANK_BITS))
         return answers
 
 

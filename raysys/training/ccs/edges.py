@@ -49,7 +49,7 @@ def _quantile_strata(
     second = sum_lists(map_blocks(blocks.RankDigitPass(cut, groups, grouped, prefixes)))
     strata = []
     for (high, inner, slots), counts in zip(plans, second):
-        table = np.cumsum(counts.reshape(-1, 1 << blocks.DIGIT_BITS), axis=1)
+        table = np.cumsum(counts.reshape(-1, 1 << blocks.RANK_BITS), axis=1)
         values = [
             _from_key(int(digit), int(np.searchsorted(table[slots.index(int(digit))], rank)))
             for digit, rank in zip(high, inner)
@@ -59,8 +59,8 @@ def _quantile_strata(
 
 
 def _from_key(high: int, low: int) -> float:
-    """Smallest float whose ascending order-preserving key starts with these 32 bits."""
-    key = high << 48 | low << 32
+    """Smallest float whose ascending order-preserving key starts with these 28 bits."""
+    key = high << 48 | low << (48 - blocks.RANK_BITS)
     bits = key ^ (1 << 63) if key >> 63 else key ^ blocks.ALL_ONES
     value = float(np.asarray([bits], np.uint64).view(np.float64)[0])
     return value if math.isfinite(value) else math.copysign(float(np.finfo(np.float64).max), value)
