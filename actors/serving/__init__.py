@@ -1,0 +1,1 @@
+"""Serving text models with Ray Serve's LLM application and vLLM, and measuring it at the client."""

@@ -1,0 +1,111 @@
+"""Configuration of the serving endpoint: which model, what engine, where it listens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from actors.serving import packaged_model
+from raysys import machine
+from raysys.config import check, check_choice, check_range
+from raysys.errors import ConfigError
+
+KV_BLOCK = 32  # tokens; vLLM's CPU attention wants a multiple of 32
+CPU_KV_TOKENS = 16384
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which model is served.
+
+    Args:
+        name: the name that clients use.
+        folder: a model folder in the Hugging Face layout, present on every node that runs a
+            replica; None serves the packaged SmolLM2-135M-Instruct.
+    """
+
+    name: str = packaged_model.NAME
+    folder: str | None = None
+
+    def __post_init__(self) -> None:
+        check(self, "name", bool(self.name.strip()), "a name that is not empty")
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder) if self.folder else packaged_model.default_folder()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """How each replica's vLLM engine runs.
+
+    Args:
+        device: ``"auto"`` takes an NVIDIA GPU where there is one.
+        dtype: ``"auto"`` is float32 on a CPU (bfloat16 is emulated there) and vLLM's choice on GPU.
+        max_model_len: longest prompt + answer in tokens.
+        max_num_seqs: most sequences in one step.
+        max_num_batched_tokens: most tokens computed in one step (chunked prefill budget).
+        kv_tokens: KV room in tokens; None is 16,384 on a CPU, and on a GPU what is free.
+        prefix_caching: reuse the KV of equal prompt beginnings.
+        bind_cores: ``"auto"`` pins a CPU engine's threads to cores; ``"nobind"`` lets the system
+            place them, which several replicas on one machine need.
+    """
+
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int = 2048
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 2048
+    kv_tokens: int | None = None
+    prefix_caching: bool = True
+    bind_cores: Literal["auto", "nobind"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_choice(self, "device", ("auto", "cpu", "gpu"))
+        check_range(self, "max_model_len", 64)
+        check_range(self, "max_num_seqs", 1, 4096)
+        check_range(self, "max_num_batched_tokens", 32)
+        if self.kv_tokens is not None:
+            enough = self.kv_tokens >= self.max_model_len
+            expected = f"at least max_model_len, {self.max_model_len} tokens"
+            check(self, "kv_tokens", enough, expected, "One request must fit in")
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device == "cpu" or (self.device == "auto" and not machine.gpu_names())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServingConfig:
+    """The whole endpoint.
+
+    Args:
+        host: address to listen on; loopback unless you decide otherwise.
+        port: TCP port.
+        replicas: engines behind the endpoint.
+        max_waiting: requests that may wait for a replica before the endpoint answers 503.
+        start_timeout_s: how long the engines may take to start.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    replicas: int = 1
+    max_waiting: int = 512
+    start_timeout_s: float = 600.0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        check_range(self, "port", 1, 65535)
+        check_range(self, "replicas", 1, 1024)
+        check_range(self, "max_waiting", 1)
+        check_range(self, "start_timeout_s", 1)
+        if not self.host:
+            raise ConfigError("host", self.host, "an address such as 127.0.0.1")
+
+    @property
+    def url(self) -> str:
+        """Base address for OpenAI clients."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{host}:{self.port}/v1"
