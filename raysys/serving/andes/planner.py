@@ -40,15 +40,19 @@ class PlannerConfig:
         max_preemptions: pauses per request; 0 never pauses.
         gate: protect readers with little unread text from being paused.
         guard_s: smallest unread text that makes a request a victim.
-        guard_restore_factor: the gate is at least this many restore times.
+        guard_restore_factor: the gate is at least this many of the request's restore times.
+        guard_room_factor: the gate is at least this many times what restoring the whole KV room
+            takes. Readers drain in about the gate's time, so at most one part in this factor of
+            the engine's time can go into restores.
         refiner: accept a swap only if it gains more than its restore time costs everybody.
         charge_waiting: count that cost for waiting requests too.
         per_length: divide the value by the context length.
         skip_misfits: go on after a request that does not fit.
         solver: ``"greedy"``, or ``"exact"`` (dynamic programming; slow, for studies).
         batch_candidates: batch sizes tried in the window.
-        max_wait_s: starvation guard: unserved for so long means first in the order.
-        max_starved: most requests that the guard may put first in one plan.
+        max_wait_s: starvation guard: a reader without text, unserved for so long, goes first.
+        starved_every_s: at most one such boost per so many seconds; without a limit a long overload
+            turns every order into order of arrival.
         tail_target: q* of the tail objective.
     """
 
@@ -62,6 +66,7 @@ class PlannerConfig:
     gate: bool = True
     guard_s: float = 2.0
     guard_restore_factor: float = 3.0
+    guard_room_factor: float = 16.0
     refiner: bool = True
     charge_waiting: bool = True
     per_length: bool = True
@@ -69,7 +74,7 @@ class PlannerConfig:
     solver: Literal["greedy", "exact"] = "greedy"
     batch_candidates: int = 8
     max_wait_s: float = 60.0
-    max_starved: int = 1
+    starved_every_s: float = 5.0
     tail_target: float = 0.95
 
     def __post_init__(self) -> None:
@@ -83,9 +88,10 @@ class PlannerConfig:
         check_range(self, "max_preemptions", 0)
         check_range(self, "guard_s", 0.0)
         check_range(self, "guard_restore_factor", 0.0)
+        check_range(self, "guard_room_factor", 0.0)
         check_range(self, "batch_candidates", 1, 64)
         check_range(self, "max_wait_s", 0.0, low_open=True)
-        check_range(self, "max_starved", 0)
+        check_range(self, "starved_every_s", 0.0)
         check_range(self, "tail_target", 0.0, 1.0)
 
 
@@ -96,7 +102,13 @@ class Planner:
         self.config = config or PlannerConfig()
 
     def plan(
-        self, snapshot: Snapshot, step_time: StepTime, restore: RestoreModel, mode: Mode = "full"
+        self,
+        snapshot: Snapshot,
+        step_time: StepTime,
+        restore: RestoreModel,
+        mode: Mode = "full",
+        *,
+        boost: bool = True,
     ) -> Plan:
         """Decide what to pause and what to admit before the next step.
 
@@ -105,13 +117,14 @@ class Planner:
             step_time: current latency model.
             restore: current restore-cost model.
             mode: ``"admission_only"`` never pauses, ``"fcfs"`` keeps the order of arrival.
+            boost: whether the starvation guard may put one request first now.
         """
         waiting = ~snapshot.running
         if mode == "fcfs" or not self.triggered(snapshot, step_time):
             order = _by_arrival(snapshot, np.flatnonzero(waiting))
             reason = "fcfs" if mode == "fcfs" else "nothing is short"
             return Plan(admit=order, batch_cap=snapshot.max_batch, mode=mode, reason=reason)
-        return _Round(self.config, snapshot, step_time, restore, mode).solve()
+        return _Round(self.config, snapshot, step_time, restore, mode, boost).solve()
 
     def triggered(self, snapshot: Snapshot, step_time: StepTime) -> bool:
         """Whether memory or compute is short: otherwise everything that fits is admitted."""
@@ -142,6 +155,7 @@ class _Round:
         step_time: StepTime,
         restore: RestoreModel,
         mode: Mode,
+        boost: bool,
     ) -> None:
         self.config = config
         self.snapshot = snapshot
@@ -153,7 +167,7 @@ class _Round:
         self.view: Outlook = outlook(snapshot, config.horizon_s)
         self.wait_N = self.view.wait
         self.victim_N = self._victims()
-        self.starved_N = self._starved()
+        self.starved_N = self._starved(boost)
         self.waiting_N = ~snapshot.running & (self.size_N <= snapshot.capacity_tokens)
 
     def solve(self) -> Plan:
@@ -169,19 +183,20 @@ class _Round:
         allowed = s.running & s.pausable & (s.preemptions < config.max_preemptions)
         if config.gate:
             restore_N = self.restore.cost(s.context_tokens)
-            guard = np.maximum(config.guard_s, config.guard_restore_factor * restore_N)
+            room_s = float(self.restore.cost(s.capacity_tokens))
+            least = max(config.guard_s, config.guard_room_factor * room_s)
+            guard = np.maximum(least, config.guard_restore_factor * restore_N)
             allowed &= self.buffer_N >= guard
         return allowed
 
-    def _starved(self) -> BoolArray:
-        """(N,) the longest unserved beyond the limit, at most ``max_starved`` of them."""
+    def _starved(self, boost: bool) -> BoolArray:
+        """(N,) the longest unserved request beyond the limit, if a boost is due."""
         s = self.snapshot
-        late = ~s.running & (s.unserved_s >= self.config.max_wait_s)
-        late &= self.buffer_N <= 0.0
-        if late.sum() > self.config.max_starved:
-            longest = np.argsort(-np.where(late, s.unserved_s, -1.0), kind="stable")
-            late[longest[self.config.max_starved :]] = False
-        return late
+        starved = np.zeros(s.size, dtype=np.bool_)
+        late = ~s.running & (s.unserved_s >= self.config.max_wait_s) & (self.buffer_N <= 0.0)
+        if boost and late.any():
+            starved[int(np.argmax(np.where(late, s.unserved_s, -1.0)))] = True
+        return starved
 
     def _window(self) -> IntArray:
         """Batch sizes worth trying: from "everyone faster than reading" to "memory is full"."""

@@ -7,6 +7,7 @@ and carries out the plan.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -86,6 +87,7 @@ class AndesScheduler:
         self._on_error = on_error
         self._steps_since_plan = self.config.planner.plan_every
         self._event = False
+        self._boosted_s = -math.inf
 
     @property
     def mode(self) -> Mode:
@@ -141,9 +143,10 @@ class AndesScheduler:
         """Plan for the coming steps; never raises for a bug in planning."""
         self._event = False
         self._steps_since_plan = 0
+        boost = snapshot.now_s - self._boosted_s >= self.config.planner.starved_every_s
         try:
             plan = self.planner.plan(
-                snapshot, self.latency.step_time, self.restore_model, self.mode
+                snapshot, self.latency.step_time, self.restore_model, self.mode, boost=boost
             )
         except Exception as error:
             if self._on_error is not None:
@@ -151,6 +154,8 @@ class AndesScheduler:
             self.counters.faults += 1
             self.controller.on_fault()
             plan = _arrival_order(snapshot)
+        if plan.starved:
+            self._boosted_s = snapshot.now_s
         counters = self.counters
         counters.plans += 1
         counters.triggered += plan.triggered

@@ -321,8 +321,8 @@ class SimEngine:
             most = min(most, max(1, int(gap / step) + 1))
         size = self.config.block_tokens
         while most > 1:
-            context = self.table.context_tokens[slots].astype(np.int64) + (most - 1)
-            target = (context + size - 1) // size
+            grown = self.table.context_tokens[slots].astype(np.int64) + (most - 1)
+            target = (grown + size - 1) // size
             need = int((target - self.blocks[slots]).clip(min=0).sum())
             if need <= self.pool.free:
                 self.pool.take(need)
