@@ -22,8 +22,8 @@ from raysys.cli.catalogue import find_jobs
 from raysys.errors import ConfigError, RaysysError, RemoteError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-# What a job does not need; the ignored files of a checkout are left out by Ray itself.
-EXCLUDES = [".git", "tests", "docs", "runs", ".venv"]
+# What a job does not need; .git, .venv and what git ignores are left out by Ray itself.
+EXCLUDES = ["/tests", "/docs", "/runs"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
