@@ -1,0 +1,113 @@
+"""Starts a federated job on Ray and follows it through restarts of its coordinator."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayActorError
+
+from actors.federated.coordinator import JobActor, RoundSummary, put_data
+from raysys.errors import RemoteError
+from raysys.federated.core.datasets import FederatedData
+from raysys.federated.core.engine import FederatedJob
+from raysys.federated.core.model import FlatWeights, ModelSpec
+from raysys.federated.core.population import Population
+from raysys.federated.core.recipe import FederatedConfig, make_job
+
+MAX_RESTARTS = 5
+PATIENCE_S = 60.0
+
+
+class FederatedRun:
+    """A running job.
+
+    Args:
+        config: the recipe. data, population, spec: what it was built from.
+        workers, worker_cpus, run_uri, checkpoint_every, evaluate_every: as in
+            :class:`~actors.federated.coordinator.JobActor`.
+        slice_s: longest wait for the next summaries.
+    """
+
+    def __init__(
+        self,
+        config: FederatedConfig,
+        data: FederatedData,
+        population: Population,
+        spec: ModelSpec,
+        *,
+        workers: int = 2,
+        worker_cpus: float = 1,
+        run_uri: str | None = None,
+        checkpoint_every: int = 0,
+        evaluate_every: int = 0,
+        slice_s: float = 1.0,
+    ) -> None:
+        # The references live here, so that they outlive a restart of the coordinator.
+        self._data = put_data(data, population)
+        self._slice_s = slice_s
+        make = functools.partial(_build, config, spec)
+        remote = ray.remote(JobActor).options(num_cpus=0, max_restarts=MAX_RESTARTS)
+        self.actor: Any = remote.remote(
+            make,
+            self._data,
+            workers=workers,
+            worker_cpus=worker_cpus,
+            run_uri=run_uri,
+            checkpoint_every=checkpoint_every,
+            evaluate_every=evaluate_every,
+        )
+        self.restarts = 0
+
+    def rounds(self, until: int, have: int = 0) -> Iterator[RoundSummary]:
+        """Yield the summary of each round from ``have`` up to ``until``, as they come.
+
+        Raises:
+            RemoteError: the coordinator keeps dying.
+        """
+        waiting_since: float | None = None
+        while have < until:
+            try:
+                summaries = ray.get(self.actor.advance.remote(have, until, self._slice_s))
+            except RayActorError as error:
+                waiting_since = self._tolerate(error, waiting_since)
+                continue
+            waiting_since = None
+            for summary in summaries:
+                have = summary.round_id + 1
+                yield summary
+
+    def weights(self, model_id: int = 0) -> FlatWeights:
+        """Current weights of a model."""
+        values: FlatWeights = ray.get(self.actor.weights.remote(model_id))
+        return values
+
+    def health(self) -> dict[str, Any]:
+        """See :meth:`JobActor.health`."""
+        facts: dict[str, Any] = ray.get(self.actor.health.remote())
+        return facts
+
+    def close(self) -> None:
+        """End the coordinator and, with it, its workers; may be called twice."""
+        ray.kill(self.actor)
+
+    def _tolerate(self, error: RayActorError, since: float | None) -> float:
+        """Wait for Ray to restart the coordinator; give up when it does not come back."""
+        now = time.monotonic()
+        if since is None:
+            self.restarts += 1
+            since = now
+        came_back = isinstance(error, ActorUnavailableError) or self.restarts <= MAX_RESTARTS
+        if not came_back or now - since > PATIENCE_S:
+            raise RemoteError(
+                "federated coordinator", str(error).splitlines()[0],
+                "Resume the run with --resume; look at the Ray logs for the cause",
+            ) from error  # fmt: skip
+        return since
+
+
+def _build(config: FederatedConfig, spec: ModelSpec, population: Population) -> FederatedJob:
+    return make_job(config, spec, population)

@@ -1,0 +1,127 @@
+"""A pool of worker actors behind one queue: two calls in flight each, dead workers replaced.
+
+With a single queue nobody's backlog needs stealing: whoever is free takes the next call. Results
+are at most twice the number of workers ahead of whoever consumes them.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    ObjectLostError,
+    RayActorError,
+    WorkerCrashedError,
+)
+
+from raysys.errors import RemoteError
+
+IN_FLIGHT_PER_WORKER = 2
+LOST = (
+    RayActorError,
+    ActorDiedError,
+    ActorUnavailableError,
+    ObjectLostError,
+    WorkerCrashedError,
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """One method call for any worker; ``tag`` tells the caller what the result belongs to."""
+
+    tag: Any
+    method: str
+    arguments: tuple[Any, ...]
+
+
+class WorkerPool:
+    """Runs calls on worker actors.
+
+    Args:
+        make_worker: starts one worker and returns its handle.
+        workers: how many.
+        max_replacements: workers replaced over the pool's life before it gives up.
+    """
+
+    def __init__(
+        self, make_worker: Callable[[], Any], workers: int, max_replacements: int = 20
+    ) -> None:
+        self._make = make_worker
+        self._handles: list[Any] = [make_worker() for _ in range(workers)]
+        self._load = [0] * workers
+        self._flying: dict[Any, tuple[int, Call]] = {}
+        self._max_replacements = max_replacements
+        self.replaced = 0
+        self.reissued = 0
+
+    @property
+    def size(self) -> int:
+        """Number of workers."""
+        return len(self._handles)
+
+    def run(self, calls: Sequence[Call]) -> Iterator[tuple[Any, Any]]:
+        """Yield (tag, result) of every call, in the order in which they finish.
+
+        Raises:
+            RemoteError: workers die faster than they may be replaced. An error that a call itself
+                raised comes out as it was raised.
+        """
+        queue = collections.deque(calls)
+        self._fill(queue)
+        while self._flying:
+            ready, _ = ray.wait(list(self._flying), num_returns=1)
+            worker, call = self._flying.pop(ready[0])
+            try:
+                result = ray.get(ready[0])
+            except LOST as error:
+                self._recover(worker, call, queue, error)
+            else:
+                self._load[worker] -= 1
+                self._fill(queue)
+                yield call.tag, result
+            self._fill(queue)
+
+    def each(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a method on every worker and return the results."""
+        return list(ray.get([getattr(h, method).remote(*arguments) for h in self._handles]))
+
+    def close(self) -> None:
+        """End all workers; may be called twice."""
+        handles, self._handles = self._handles, []
+        for handle in handles:
+            ray.kill(handle)
+        self._flying.clear()
+
+    def _fill(self, queue: collections.deque[Call]) -> None:
+        while queue:
+            worker = min(range(self.size), key=self._load.__getitem__)
+            if self._load[worker] >= IN_FLIGHT_PER_WORKER:
+                return
+            call = queue.popleft()
+            ref = getattr(self._handles[worker], call.method).remote(*call.arguments)
+            self._flying[ref] = (worker, call)
+            self._load[worker] += 1
+
+    def _recover(
+        self, worker: int, call: Call, queue: collections.deque[Call], error: Exception
+    ) -> None:
+        """Replace a dead worker and put all its calls back in front of the queue."""
+        if self.replaced >= self._max_replacements:
+            raise RemoteError(
+                "federated worker", f"{self.replaced} workers died: {error}",
+                "Look at the logs of the Ray session; memory is the usual cause",
+            ) from error  # fmt: skip
+        lost = [ref for ref, (owner, _) in self._flying.items() if owner == worker]
+        again = [call, *(self._flying.pop(ref)[1] for ref in lost)]
+        queue.extendleft(reversed(again))
+        self.reissued += len(again)
+        self.replaced += 1
+        self._handles[worker] = self._make()
+        self._load[worker] = 0

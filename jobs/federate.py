@@ -1,0 +1,242 @@
+"""Train a federated model: clients in bulk on every core, any server optimiser, exact resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from actors.federated.coordinator import RoundSummary
+from actors.federated.driver import FederatedRun
+from jobs.launcher import Job, JobContext, Summary, main
+from raysys import machine
+from raysys.config import check_range
+from raysys.federated.core.datasets import FederatedData
+from raysys.federated.core.model import layout_of
+from raysys.federated.core.population import Population
+from raysys.federated.core.recipe import FederatedConfig, load_data, make_population
+from raysys.federated.core.serialize import pack_arrays
+from raysys.report import Plot, Section, Table, new_figure, render_page
+
+REPORT = "report.html"
+MODEL_FILE = "model.arrow"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class FederateConfig:
+    """A training run.
+
+    Args:
+        recipe: what is trained, and how.
+        rounds: number of rounds.
+        workers: worker actors. worker_cpus: logical CPUs each of them reserves.
+        evaluate_every: rounds between evaluations; 0 for none.
+        checkpoint_every: rounds between checkpoints; 0 for none.
+    """
+
+    recipe: FederatedConfig = dataclasses.field(default_factory=FederatedConfig)
+    rounds: int = 100
+    workers: int = 2
+    worker_cpus: float = 1.0
+    evaluate_every: int = 10
+    checkpoint_every: int = 20
+
+    def __post_init__(self) -> None:
+        check_range(self, "rounds", 1)
+        check_range(self, "workers", 1)
+        check_range(self, "worker_cpus", 0)
+        check_range(self, "evaluate_every", 0)
+        check_range(self, "checkpoint_every", 0)
+
+    @property
+    def seed(self) -> int:
+        """The recipe's seed, for the manifest."""
+        return self.recipe.seed
+
+
+def run(config: FederateConfig, context: JobContext) -> Summary:
+    """Train, recording every round; the run directory gets the model and a report."""
+    recipe = config.recipe
+    data = load_data(recipe.data, recipe.seed, machine.data_dir())
+    population = make_population(recipe, data)
+    spec = recipe.model.spec(data)
+    layout_of(spec)
+    have = _rounds_done(context) if context.resumed else 0
+    context.ray(num_cpus=max(config.workers, machine.available_cores()))
+    federated = FederatedRun(
+        recipe,
+        data,
+        population,
+        spec,
+        workers=config.workers,
+        worker_cpus=config.worker_cpus,
+        run_uri=context.run.uri,
+        checkpoint_every=config.checkpoint_every,
+        evaluate_every=config.evaluate_every,
+    )
+    try:
+        summaries = _follow(federated, config, context, have)
+        context.run.storage.write(MODEL_FILE, pack_arrays({"weights": federated.weights()}))
+        facts = federated.health()
+    finally:
+        federated.close()
+    return _finish(config, context, data, population, summaries, facts)
+
+
+def _follow(
+    federated: FederatedRun, config: FederateConfig, context: JobContext, have: int
+) -> list[RoundSummary]:
+    summaries = []
+    with context.progress("rounds", total=config.rounds) as advance:
+        advance(have)
+        for summary in federated.rounds(config.rounds, have):
+            summaries.append(summary)
+            _record(summary, context)
+            advance(1)
+    return summaries
+
+
+def _record(summary: RoundSummary, context: JobContext) -> None:
+    """Metrics of a round, and its row in the ``rounds`` table."""
+    step = summary.round_id
+    values = {
+        "federated_loss": summary.loss_last,
+        "federated_round_s": summary.duration_s,
+        "federated_bytes_up": float(summary.bytes_up),
+    }
+    if summary.score is not None:
+        values["federated_test_loss"] = summary.score.loss
+        values["federated_test_accuracy"] = summary.score.accuracy
+    for name, value in values.items():
+        if math.isfinite(value):
+            context.metrics.record(name, value, step=step)
+
+
+def _rounds_done(context: JobContext) -> int:
+    """Rounds of the newest checkpoint: where the coordinator will go on."""
+    steps = context.run.checkpoints()
+    return steps[-1] if steps else 0
+
+
+def _finish(
+    config: FederateConfig,
+    context: JobContext,
+    data: FederatedData,
+    population: Population,
+    summaries: list[RoundSummary],
+    facts: dict[str, Any],
+) -> Summary:
+    rows = [_row(summary) for summary in summaries]
+    context.run.append_rows("rounds", rows)
+    trained = sum(summary.counts["ok"] for summary in summaries)
+    elapsed = sum(summary.duration_s for summary in summaries)
+    scored = [s for s in summaries if s.score is not None]
+    lines = [
+        f"{data.name}: {population.n_clients} clients, {len(summaries)} rounds,"
+        f" {trained} updates, {trained / max(elapsed, 1e-9):.0f} clients/s"
+        f" ({facts['rung']} kernels, {config.workers} workers)",
+    ]
+    if scored and scored[-1].score is not None:
+        score = scored[-1].score
+        lines.append(
+            f"test loss {score.loss:.4f}, accuracy {score.accuracy:.4f} ({score.n} samples)"
+        )
+    context.run.write_json("result.json", _result(config, summaries, trained, elapsed, facts))
+    report = render_page(
+        "Federated training",
+        " ".join(lines),
+        [_curves(scored), _losses(summaries), _table(config, summaries, facts)],
+    )
+    context.run.storage.write(REPORT, report.encode())
+    return Summary(lines=lines, report=REPORT)
+
+
+def _row(summary: RoundSummary) -> dict[str, Any]:
+    plain = dataclasses.asdict(summary)
+    score, spread = plain.pop("score"), plain.pop("spread") or {}
+    counts = {f"clients_{name}": n for name, n in plain.pop("counts").items()}
+    scores = {f"test_{name}": value for name, value in (score or {}).items()}
+    return {**plain, **counts, **scores, **{f"client_{p}": v for p, v in spread.items()}}
+
+
+def _result(
+    config: FederateConfig,
+    summaries: list[RoundSummary],
+    trained: int,
+    elapsed: float,
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    scores = [s.score for s in summaries if s.score is not None]
+    last = scores[-1] if scores else None
+    return {
+        "rounds": config.rounds,
+        "updates": trained,
+        "clients_per_s": trained / max(elapsed, 1e-9),
+        "rung": facts["rung"],
+        "replaced_workers": facts["replaced"],
+        "test_loss": last.loss if last and math.isfinite(last.loss) else None,
+        "test_accuracy": last.accuracy if last and math.isfinite(last.accuracy) else None,
+    }
+
+
+def _curves(scored: list[RoundSummary]) -> Section:
+    """Central score and the spread over clients, by round."""
+    figure, axes = new_figure()
+    rounds = [s.round_id + 1 for s in scored]
+    for low, high, alpha in (("p10", "p90", 0.15), ("p25", "p75", 0.3)):
+        pairs = [(s.spread or {}).get(low, math.nan) for s in scored]
+        others = [(s.spread or {}).get(high, math.nan) for s in scored]
+        axes.fill_between(rounds, pairs, others, alpha=alpha, label=f"clients {low} to {high}")
+    axes.plot(
+        rounds, [(s.spread or {}).get("p50", math.nan) for s in scored], label="median client"
+    )
+    central = [math.nan if s.score is None else s.score.accuracy for s in scored]
+    axes.plot(rounds, central, label="central test set")
+    axes.set_xlabel("round")
+    axes.set_ylabel("accuracy")
+    axes.legend()
+    plt.close(figure)
+    plot = Plot(
+        title="Accuracy by round, and its spread over clients",
+        caption="Bands: percentiles of accuracy on each client's own training samples.",
+        figure=figure,
+    )
+    return Section(title="Accuracy", plots=[plot] if scored else [])
+
+
+def _losses(summaries: list[RoundSummary]) -> Section:
+    figure, axes = new_figure()
+    rounds = [s.round_id + 1 for s in summaries]
+    axes.plot(rounds, [s.loss_first for s in summaries], label="first local batch")
+    axes.plot(rounds, [s.loss_last for s in summaries], label="last local batch")
+    axes.set_xlabel("round")
+    axes.set_ylabel("mean loss of the round's clients")
+    axes.legend()
+    plt.close(figure)
+    plot = Plot(title="Local loss", caption="Before and after local training.", figure=figure)
+    return Section(title="Local training", plots=[plot])
+
+
+def _table(config: FederateConfig, summaries: list[RoundSummary], facts: dict[str, Any]) -> Section:
+    totals: dict[str, int] = {}
+    for summary in summaries:
+        for name, n in summary.counts.items():
+            totals[name] = totals.get(name, 0) + n
+    rows = [[name, str(n)] for name, n in totals.items()]
+    rows += [
+        ["bytes down", f"{sum(s.bytes_down for s in summaries):,}"],
+        ["bytes up", f"{sum(s.bytes_up for s in summaries):,}"],
+        ["multiply-accumulates", f"{sum(s.macs for s in summaries):.3e}"],
+        ["simulated seconds", f"{sum(s.virtual_s for s in summaries):.1f}"],
+        ["rung", facts["rung"]],
+        ["workers replaced", str(facts["replaced"])],
+    ]
+    return Section(title="Totals", tables=[Table(headers=["what", "how much"], rows=rows)])
+
+
+JOB = Job(name="federate", config=FederateConfig, run=run)
+
+if __name__ == "__main__":
+    raise SystemExit(main(JOB))

@@ -1,0 +1,178 @@
+"""Folds the partial sums of a round: streaming, in float64, each task counted once.
+
+Sums are associative, so any tree of partial sums will do; to make a round reproducible to the bit
+we fold in the order of task numbers and hold back what arrives early.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+
+from raysys.errors import ConfigError
+from raysys.federated.core.messages import IntArray, Partial, Status
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclasses.dataclass(slots=True)
+class ModelSum:
+    """Running sums of one model: update [P], weight, and q-FedAvg's denominator."""
+
+    delta: FloatArray
+    weight: float = 0.0
+    scalar: float = 0.0
+    clients: int = 0
+
+    def mean(self) -> FloatArray:
+        """Weighted mean of the updates; zeros where nothing came."""
+        return self.delta / self.weight if self.weight > 0 else np.zeros_like(self.delta)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ClientTable:
+    """One row per client of the round, in task order."""
+
+    clients: IntArray
+    rows: IntArray
+    loss_first: npt.NDArray[np.float32]
+    loss_last: npt.NDArray[np.float32]
+    norm: npt.NDArray[np.float32]
+    n_samples: IntArray
+    status: npt.NDArray[np.int8]
+    sketch: npt.NDArray[np.float32] | None = None
+    controls: npt.NDArray[np.float32] | None = None
+
+    def count(self, status: Status) -> int:
+        """Number of clients with a status."""
+        return int((self.status == status).sum())
+
+    @property
+    def ok(self) -> npt.NDArray[np.bool_]:
+        """Which rows were folded."""
+        folded: npt.NDArray[np.bool_] = self.status == Status.OK
+        return folded
+
+
+class RoundFold:
+    """Collects the partials of one (round, attempt) and sums them per model.
+
+    Args:
+        expected: number of clients of each task, by task number.
+        spec_id: model the partials must be of.
+    """
+
+    def __init__(self, round_id: int, attempt: int, expected: list[int], spec_id: str) -> None:
+        self.round_id = round_id
+        self.attempt = attempt
+        self.duplicates = 0
+        self.busy_s = 0.0
+        self._expected = expected
+        self._spec_id = spec_id
+        self._waiting: dict[int, Partial] = {}
+        self._seen: set[int] = set()
+        self._next = 0
+        self._delta: FloatArray | None = None
+        self._weight: FloatArray | None = None
+        self._scalar: FloatArray | None = None
+        self._tables: list[Partial] = []
+
+    @property
+    def missing(self) -> list[int]:
+        """Task numbers without an answer."""
+        return [task for task in range(len(self._expected)) if task not in self._seen]
+
+    def add(self, partial: Partial) -> bool:
+        """Fold one partial; False if it is a duplicate or belongs to a closed round.
+
+        Raises:
+            ConfigError: rows are missing, or the partial is of another model.
+        """
+        if (partial.round_id, partial.attempt) != (self.round_id, self.attempt):
+            return False
+        if partial.task_id in self._seen:
+            self.duplicates += 1
+            return False
+        self._check(partial)
+        self._seen.add(partial.task_id)
+        self._waiting[partial.task_id] = partial
+        while self._next in self._waiting:
+            self._sum(self._waiting.pop(self._next))
+            self._next += 1
+        return True
+
+    def sums(self) -> list[ModelSum]:
+        """Sums per model row.
+
+        Raises:
+            ConfigError: tasks are still missing.
+        """
+        if self.missing:
+            raise ConfigError("round", self.missing, "an answer to every task before closing")
+        if self._delta is None or self._weight is None or self._scalar is None:
+            return []
+        counts = self._clients_per_row(len(self._delta))
+        return [
+            ModelSum(delta, float(weight), float(scalar), int(count))
+            for delta, weight, scalar, count in zip(self._delta, self._weight, self._scalar, counts)
+        ]
+
+    def table(self) -> ClientTable:
+        """The per-client columns of all tasks."""
+        parts = self._tables
+
+        def join(name: str) -> npt.NDArray[np.float32]:
+            return np.concatenate([getattr(part, name) for part in parts])
+
+        has_sketch = bool(parts) and parts[0].sketch is not None
+        has_controls = bool(parts) and parts[0].controls is not None
+        return ClientTable(
+            clients=join("clients").astype(np.int64),
+            rows=join("rows").astype(np.int64),
+            loss_first=join("loss_first"),
+            loss_last=join("loss_last"),
+            norm=join("norm"),
+            n_samples=join("n_samples").astype(np.int64),
+            status=join("status").astype(np.int8),
+            sketch=join("sketch") if has_sketch else None,
+            controls=join("controls") if has_controls else None,
+        )
+
+    def _check(self, partial: Partial) -> None:
+        if not 0 <= partial.task_id < len(self._expected):
+            raise ConfigError("partial.task_id", partial.task_id, f"0..{len(self._expected) - 1}")
+        if partial.spec_id != self._spec_id:
+            raise ConfigError("partial.spec_id", partial.spec_id, self._spec_id, "Another model's")
+        wanted = self._expected[partial.task_id]
+        columns = (partial.clients, partial.status, partial.norm, partial.loss_last)
+        if any(len(column) != wanted for column in columns):
+            raise ConfigError(
+                "partial.clients", len(partial.clients), f"{wanted} rows, one per client asked"
+            )
+        sums = (partial.sum_delta, partial.sum_weight, partial.sum_scalar)
+        if not all(np.isfinite(part).all() for part in sums):
+            raise ConfigError("partial.sum_delta", "NaN or infinity", "screened, finite sums")
+        if self._delta is not None and partial.sum_delta.shape != self._delta.shape:
+            raise ConfigError("partial.sum_delta", partial.sum_delta.shape, f"{self._delta.shape}")
+
+    def _sum(self, partial: Partial) -> None:
+        if self._delta is None or self._weight is None or self._scalar is None:
+            self._delta = partial.sum_delta.astype(np.float64, copy=True)
+            self._weight = partial.sum_weight.astype(np.float64, copy=True)
+            self._scalar = partial.sum_scalar.astype(np.float64, copy=True)
+        else:
+            self._delta += partial.sum_delta
+            self._weight += partial.sum_weight
+            self._scalar += partial.sum_scalar
+        self.busy_s += partial.busy_s
+        # The sums are folded; keep only the columns.
+        empty = np.zeros((0, 0))
+        self._tables.append(dataclasses.replace(partial, sum_delta=empty))
+
+    def _clients_per_row(self, models: int) -> IntArray:
+        counts = np.zeros(models, dtype=np.int64)
+        for part in self._tables:
+            counts += np.bincount(part.rows[part.status == Status.OK], minlength=models)
+        return counts

@@ -1,0 +1,82 @@
+"""Evaluates flat weights: centrally on a test set, and client by client."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from raysys.federated.core.ladder import cached_module, sample_losses
+from raysys.federated.core.model import FlatWeights, ModelSpec, load_flat
+from raysys.federated.core.population import IntArray, Population
+from raysys.federated.core.training import Samples
+
+BATCH = 2048
+PERCENTILES = (10, 25, 50, 75, 90)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Score:
+    """Mean loss, and accuracy (NaN for regression), over ``n`` samples."""
+
+    loss: float
+    accuracy: float
+    n: int
+
+
+def outputs(spec: ModelSpec, weights: FlatWeights, inputs: Tensor) -> Tensor:
+    """Outputs of the model in evaluation mode, float32 [N, out]."""
+    module = load_flat(cached_module(spec), weights).eval()
+    with torch.inference_mode():
+        parts = [module(inputs[at : at + BATCH]) for at in range(0, len(inputs), BATCH)]
+    module.train()
+    return torch.cat(parts)
+
+
+def evaluate(spec: ModelSpec, weights: FlatWeights, samples: Samples) -> Score:
+    """Score a model on samples."""
+    out = outputs(spec, weights, samples.inputs)
+    loss = float(sample_losses(out, samples.targets, spec.task).mean())
+    if spec.task == "regression":
+        return Score(loss, float("nan"), len(out))
+    hits = (out.argmax(dim=1) == samples.targets).float().mean()
+    return Score(loss, float(hits), len(out))
+
+
+def client_scores(
+    spec: ModelSpec,
+    weights: FlatWeights,
+    samples: Samples,
+    population: Population,
+    clients: IntArray,
+) -> npt.NDArray[np.float64]:
+    """Accuracy (loss for regression) on each client's own samples, float64 [k]; NaN if it has none.
+
+    These are training samples: the spread over clients is what matters, not the level.
+    """
+    counts = population.counts(clients)
+    rows = np.concatenate([population.samples(int(c)) for c in clients]).astype(np.int64)
+    index = torch.from_numpy(rows)
+    out = outputs(spec, weights, samples.inputs[index])
+    targets = samples.targets[index]
+    if spec.task == "regression":
+        value = sample_losses(out, targets, spec.task).numpy()
+    else:
+        value = (out.argmax(dim=1) == targets).numpy()
+    ends = np.cumsum(counts)
+    total = np.concatenate(([0.0], np.cumsum(value.astype(np.float64))))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means: npt.NDArray[np.float64] = (total[ends] - total[ends - counts]) / counts
+    return means
+
+
+def percentiles(values: npt.NDArray[np.float64]) -> dict[str, float]:
+    """The 10th to 90th percentile over clients, by name such as ``"p10"``."""
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return {}
+    found = np.percentile(finite, PERCENTILES)
+    return {f"p{p}": float(v) for p, v in zip(PERCENTILES, found)}

@@ -1,0 +1,145 @@
+"""What travels between the job and its workers: tasks out, partial sums back. Arrays, no objects.
+
+Dimensions: k clients of a task, K models of a round, P parameters, D sketch dimensions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import numpy as np
+import numpy.typing as npt
+
+from raysys.config import check, check_choice, check_range
+from raysys.federated.core.local import LocalConfig
+from raysys.federated.core.model import ModelSpec
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+Float32Array = npt.NDArray[np.float32]
+
+
+class Status(enum.IntEnum):
+    """What became of a client's update."""
+
+    OK = 0
+    EMPTY = 1  # the client has no samples
+    NONFINITE = 2  # the update held NaN or infinity
+    REJECTED = 3  # the update's norm was far above the usual
+    LATE = 4  # the answer came after the round closed
+    FAILED = 5  # the device vanished
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class FeedbackSpec:
+    """What a strategy wants folded and reported.
+
+    Args:
+        weighting: "samples" (n_k), "uniform" (1), or "loss" (q-FedAvg's F_k^q).
+        q: exponent of the "loss" weighting.
+        sketch_dim: size of each client's sketch; 0 for none.
+        sketch_density: non-zeros of the projection per parameter.
+        controls: whether clients carry SCAFFOLD control variates.
+    """
+
+    weighting: str = "samples"
+    q: float = 0.0
+    sketch_dim: int = 0
+    sketch_density: int = 3
+    controls: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice(self, "weighting", ("samples", "uniform", "loss"))
+        check_range(self, "q", 0)
+        check_range(self, "sketch_dim", 0, 65536)
+        check_range(self, "sketch_density", 1, 16)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ScreenConfig:
+    """Which updates are folded.
+
+    Args:
+        clip_norm: longest update; longer ones are scaled down to it. None leaves them.
+        reject_factor: an update longer than this many running median norms is dropped. None
+            keeps all. A first round has no median yet and drops only non-finite updates.
+        min_fraction: a round that keeps a smaller share of its demand is repeated.
+    """
+
+    clip_norm: float | None = None
+    reject_factor: float | None = 10.0
+    min_fraction: float = 0.8
+
+    def __post_init__(self) -> None:
+        if self.clip_norm is not None:
+            check(self, "clip_norm", self.clip_norm > 0, "None or a number above 0")
+        if self.reject_factor is not None:
+            check(self, "reject_factor", self.reject_factor > 1, "None or a number above 1")
+        check_range(self, "min_fraction", 0, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainTask:
+    """Train some clients of one round; the result is a pure function of this and the weights.
+
+    Args:
+        clients: int64 [k]. rows: int64 [k], the row of the round's stacked weights of each.
+        models: K, number of rows of the stacked weights.
+        rung, chunk_size: how the worker runs it.
+        reject_above: norm above which an update is dropped; infinite for never.
+        local_noise: standard deviation of Gaussian noise added to each clipped update.
+    """
+
+    round_id: int
+    attempt: int
+    task_id: int
+    spec: ModelSpec
+    clients: IntArray
+    rows: IntArray
+    models: int
+    local: LocalConfig
+    feedback: FeedbackSpec
+    seed: int
+    rung: str
+    chunk_size: int
+    clip_norm: float | None = None
+    reject_above: float = float("inf")
+    local_noise: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Partial:
+    """The answer to a task: one sum per model, and a small table with a row per client.
+
+    Args:
+        sum_delta [K, P]: weighted sum of updates, float64. sum_weight [K]: sum of weights, float64.
+        sum_scalar [K]: the denominator of q-FedAvg, float64; zero otherwise.
+        loss_first, loss_last, norm: float32 [k]; the norm is that before clipping.
+        n_samples: int64 [k]. status: int8 [k]. sketch: float32 [k, D] or None.
+        controls: change of each client's SCAFFOLD control variate, float32 [k, P], or None.
+        busy_s: CPU seconds the worker spent, for balance and reports only.
+    """
+
+    round_id: int
+    attempt: int
+    task_id: int
+    spec_id: str
+    clients: IntArray
+    rows: IntArray
+    sum_delta: FloatArray
+    sum_weight: FloatArray
+    sum_scalar: FloatArray
+    loss_first: Float32Array
+    loss_last: Float32Array
+    norm: Float32Array
+    n_samples: IntArray
+    status: npt.NDArray[np.int8]
+    sketch: Float32Array | None = None
+    controls: Float32Array | None = None
+    busy_s: float = 0.0
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """Identity of the task; two partials of one key are duplicates."""
+        return self.round_id, self.attempt, self.task_id

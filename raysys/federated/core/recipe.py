@@ -1,0 +1,204 @@
+"""A federated job as one configuration: data, split, model, local training, server, devices."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raysys.config import check, check_choice, check_range
+from raysys.errors import CapabilityError, ConfigError
+from raysys.federated.core.datasets import (
+    FederatedData,
+    load_digits_data,
+    load_fashion_data,
+    load_mnist_data,
+    load_npz_data,
+)
+from raysys.federated.core.devices import DeviceConfig
+from raysys.federated.core.engine import ExecutionConfig, FederatedJob
+from raysys.federated.core.fedavg import FedAvg, QFedAvg
+from raysys.federated.core.local import LocalConfig
+from raysys.federated.core.messages import ScreenConfig
+from raysys.federated.core.model import Cnn, FromFactory, Mlp, ModelSpec, Task
+from raysys.federated.core.partition import PartitionConfig, partition
+from raysys.federated.core.population import Population
+from raysys.federated.core.server import OPTIMIZERS, Adam, Averaging, Momentum, ServerOptimizer
+from raysys.federated.core.strategy import Strategy
+
+DATA = ("digits", "mnist", "fashion-mnist", "npz")
+FOLDERS = {"mnist": "mnist-t10k", "fashion-mnist": "fashion-mnist"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which samples.
+
+    Args:
+        name: "digits" (packaged), "mnist" and "fashion-mnist" (files in the data folder), or "npz"
+            (your own archive at ``path``; arrays ``inputs``, ``targets``, optionally ``client``).
+        side: side of the images after pooling, for the image sets.
+        train: keep a seeded subset of Fashion-MNIST's training samples; None keeps all.
+    """
+
+    name: str = "digits"
+    path: str | None = None
+    side: int = 14
+    train: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice(self, "name", DATA)
+        check(self, "path", (self.name == "npz") == (self.path is not None), "a path for npz only")
+        check_range(self, "side", 1)
+        if self.train is not None:
+            check_range(self, "train", 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which model.
+
+    Args:
+        kind: "linear", "mlp", "cnn", or "factory" for a module of your own.
+        hidden: sizes of hidden layers. channels: channels of the convolution blocks.
+        factory: ``"package.module:function"``. arguments: keyword arguments of it.
+    """
+
+    kind: str = "mlp"
+    hidden: tuple[int, ...] = (64,)
+    channels: tuple[int, ...] = (8, 16)
+    factory: str | None = None
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_choice(self, "kind", ("linear", "mlp", "cnn", "factory"))
+        check(self, "factory", (self.kind == "factory") == bool(self.factory), "a factory name")
+
+    def spec(self, data: FederatedData) -> ModelSpec:
+        """The model for a data set.
+
+        Raises:
+            ConfigError: a convolutional net for samples that are not images.
+        """
+        shape = data.inputs.shape[1:]
+        out = data.classes or data.targets.shape[1]
+        task: Task = "classification" if data.classes else "regression"
+        if self.kind == "factory":
+            assert self.factory is not None
+            pairs = tuple(sorted(self.arguments.items()))
+            return ModelSpec(
+                architecture=FromFactory(factory=self.factory, arguments=pairs), task=task
+            )
+        if self.kind == "cnn":
+            if len(shape) != 3:
+                raise ConfigError("model.kind", "cnn", "mlp or linear for samples of this shape")
+            image = (int(shape[0]), int(shape[1]), int(shape[2]))
+            hidden = () if self.hidden == (64,) else self.hidden
+            cnn = Cnn(image=image, channels=self.channels, hidden=hidden, classes=out)
+            return ModelSpec(architecture=cnn, task=task)
+        inner = self.hidden if self.kind == "mlp" else ()
+        return ModelSpec(architecture=Mlp(sizes=(int(np.prod(shape)), *inner, out)), task=task)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ServerConfig:
+    """How the server moves the model.
+
+    Args:
+        name: "fedavg", "fedavgm", "fedadam", "fedyogi", or "qfedavg".
+        eta: server step; None takes the optimiser's default.
+        beta: momentum of FedAvgM. beta1, beta2, tau: FedAdam and FedYogi. q: q-FedAvg.
+        weighting: "samples" or "uniform".
+    """
+
+    name: str = "fedavg"
+    eta: float | None = None
+    beta: float = 0.9
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+    q: float = 1.0
+    weighting: str = "samples"
+
+    def __post_init__(self) -> None:
+        check_choice(self, "name", (*OPTIMIZERS, "qfedavg"))
+        check_choice(self, "weighting", ("samples", "uniform"))
+        check_range(self, "q", 0)
+        self.optimizer()
+
+    def optimizer(self) -> ServerOptimizer:
+        """A fresh server optimiser."""
+        kind = OPTIMIZERS.get(self.name, Averaging)
+        eta = {} if self.eta is None else {"eta": self.eta}
+        if issubclass(kind, Adam):
+            return kind(beta1=self.beta1, beta2=self.beta2, tau=self.tau, **eta)
+        return kind(beta=self.beta, **eta) if issubclass(kind, Momentum) else kind(**eta)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class FederatedConfig:
+    """Everything that decides the outcome of a federated job."""
+
+    seed: int = 0
+    clients_per_round: int = 20
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    partition: PartitionConfig = dataclasses.field(default_factory=PartitionConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    local: LocalConfig = dataclasses.field(default_factory=LocalConfig)
+    server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
+    execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
+    screen: ScreenConfig = dataclasses.field(default_factory=ScreenConfig)
+    devices: DeviceConfig = dataclasses.field(default_factory=DeviceConfig)
+
+    def __post_init__(self) -> None:
+        check_range(self, "seed", 0)
+        check_range(self, "clients_per_round", 1)
+
+
+def load_data(config: DataConfig, seed: int, folder: Path | None) -> FederatedData:
+    """Load the samples; ``folder`` is the machine's data folder, or None.
+
+    Raises:
+        CapabilityError: the data set is not on this machine. DataError: it is damaged.
+    """
+    if config.name == "digits":
+        return load_digits_data(seed, image=True)
+    if config.name == "npz":
+        assert config.path is not None
+        return load_npz_data(Path(config.path), seed)
+    if folder is None:
+        raise CapabilityError(
+            f"data set {config.name}", "there is no data folder on this machine",
+            "Point RAYSYS_DATA at one, or use data.name=digits",
+        )  # fmt: skip
+    place = folder / FOLDERS[config.name]
+    if config.name == "mnist":
+        return load_mnist_data(place, seed, config.side)
+    return load_fashion_data(place, seed, config.side, config.train)
+
+
+def make_population(config: FederatedConfig, data: FederatedData) -> Population:
+    """Deal the samples to clients."""
+    return partition(data.targets, config.partition, config.seed, data.keys)
+
+
+def make_strategy(config: FederatedConfig, spec: ModelSpec) -> Strategy:
+    """The strategy that the configuration names."""
+    server, k = config.server, config.clients_per_round
+    if server.name == "qfedavg":
+        return QFedAvg(spec, config.local, k, server.q, server.optimizer())
+    return FedAvg(spec, config.local, k, server.optimizer(), server.weighting)
+
+
+def make_job(config: FederatedConfig, spec: ModelSpec, population: Population) -> FederatedJob:
+    """A fresh job; the same arguments always give the same job."""
+    return FederatedJob(
+        make_strategy(config, spec),
+        population,
+        config.seed,
+        config.execution,
+        config.screen,
+        config.devices,
+    )

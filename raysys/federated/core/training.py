@@ -1,0 +1,245 @@
+"""Runs one task on a worker: chunks its clients, trains, screens, and folds them to one partial.
+
+Pure: the partial depends on the task, the weights and the data only, so a lost task can be run
+again anywhere. Screening happens here, before anything is summed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from raysys.errors import ConfigError
+from raysys.federated.core.batching import all_samples, cut_chunks, draw_batches
+from raysys.federated.core.ladder import (
+    Trained,
+    cached_module,
+    check_layout,
+    sample_losses,
+    train_chunk,
+)
+from raysys.federated.core.messages import IntArray, Partial, Status, TrainTask
+from raysys.federated.core.model import layout_of
+from raysys.federated.core.population import Population
+from raysys.federated.core.randomness import KeyedStreams, Purpose, generator, torch_seed
+from raysys.federated.core.sketch import sketch_rows
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Samples:
+    """Shared read-only sample arrays as tensors: inputs [N, ...] and targets [N] or [N, out]."""
+
+    inputs: Tensor
+    targets: Tensor
+
+
+def train_task(
+    task: TrainTask,
+    weights_KP: npt.NDArray[np.float32],
+    samples: Samples,
+    population: Population,
+    controls_kP: npt.NDArray[np.float32] | None = None,
+) -> Partial:
+    """Train the task's clients and return their partial sum.
+
+    Args:
+        weights_KP: stacked weights of the round, float32 [K, P]; never changed, may be read-only.
+        controls_kP: SCAFFOLD's c - c_k of each client, float32 [k, P], or None.
+
+    Raises:
+        ConfigError: clients that do not exist or repeat, or weights of another shape.
+    """
+    clients = population.check_clients(task.clients)
+    weights = read_only_tensor(weights_KP)
+    check_layout(layout_of(task.spec), weights)
+    if task.models != len(weights):
+        raise ConfigError("weights", len(weights), f"{task.models} stacked models")
+    fold = _TaskFold(task, population.counts(clients), weights.shape[1])
+    streams = KeyedStreams(task.seed, Purpose.BATCHES, task.round_id)
+    for places in cut_chunks(fold.n_samples, task.local, task.chunk_size):
+        batches = draw_batches(population, clients[places], task.local, streams)
+        rows = torch.from_numpy(task.rows[places])
+        # One model needs no gather: the clones inside the rung read an expanded view.
+        start = weights.expand(len(places), -1) if len(weights) == 1 else weights[rows]
+        drift = None if controls_kP is None else read_only_tensor(controls_kP)[places]
+        with _dropout_seed(task, int(clients[places[0]])):
+            trained = train_chunk(
+                task.rung, task.spec, start, samples.inputs, samples.targets, batches,
+                task.local, drift,
+            )  # fmt: skip
+        losses = _received_losses(task, start, samples, population, clients[places])
+        fold.add(places, trained, losses, batches.active)
+    return fold.result()
+
+
+class _TaskFold:
+    """Accumulates chunks of a task."""
+
+    def __init__(self, task: TrainTask, counts: IntArray, n_params: int) -> None:
+        k = len(task.clients)
+        self.n_samples = counts
+        self._task = task
+        self._sum = np.zeros((task.models, n_params))
+        self._weight = np.zeros(task.models)
+        self._scalar = np.zeros(task.models)
+        self._columns = np.zeros((3, k), dtype=np.float32)
+        self._status = np.where(counts > 0, Status.OK, Status.EMPTY).astype(np.int8)
+        dim = task.feedback.sketch_dim
+        self._sketch = np.zeros((k, dim), dtype=np.float32) if dim else None
+        self._controls = (
+            np.zeros((k, n_params), dtype=np.float32) if task.feedback.controls else None
+        )
+
+    def add(
+        self, places: IntArray, trained: Trained, losses: Tensor | None, active: list[int]
+    ) -> None:
+        """Screen a chunk and add it to the sums."""
+        task, delta = self._task, trained.delta
+        norm = torch.linalg.vector_norm(delta, dim=1)
+        status = self._screen(norm, trained)
+        kept = status == Status.OK
+        factor = torch.ones_like(norm)
+        if task.clip_norm is not None:
+            factor = (task.clip_norm / norm.clamp_min(1e-30)).clamp_max(1.0)
+        if not kept.all():
+            delta[torch.from_numpy(~kept)] = 0.0
+            factor[torch.from_numpy(~kept)] = 0.0
+        if task.local_noise:
+            delta = delta * factor.unsqueeze(1)
+            delta += torch.from_numpy(self._noise(places, delta.shape[1]))
+            factor = torch.from_numpy(kept.astype(np.float32))
+        self._status[places] = status
+        self._columns[:, places] = np.stack(
+            [trained.loss_first.numpy(), trained.loss_last.numpy(), norm.numpy()]
+        )
+        weight, scalar = self._weights(places, norm * factor, losses)
+        self._sum_rows(places, delta, factor.numpy().astype(np.float64), weight, scalar, kept)
+        if self._sketch is not None:
+            dim, density = task.feedback.sketch_dim, task.feedback.sketch_density
+            self._sketch[places] = sketch_rows(
+                (delta * factor.unsqueeze(1)).numpy(), dim, density, task.seed
+            )
+        if self._controls is not None:
+            # Option II of SCAFFOLD: c_k+ - c_k = -c - (w_k - w) / (steps * lr); -c is the server's.
+            steps = np.array([(np.array(active) > i).sum() for i in range(len(places))])
+            scale = torch.from_numpy((-1.0 / (steps * task.local.lr)).astype(np.float32))
+            self._controls[places] = (delta * scale.unsqueeze(1)).numpy()
+
+    def result(self) -> Partial:
+        """The finished partial."""
+        task = self._task
+        return Partial(
+            round_id=task.round_id,
+            attempt=task.attempt,
+            task_id=task.task_id,
+            spec_id=task.spec.spec_id,
+            clients=task.clients,
+            rows=task.rows,
+            sum_delta=self._sum,
+            sum_weight=self._weight,
+            sum_scalar=self._scalar,
+            loss_first=self._columns[0],
+            loss_last=self._columns[1],
+            norm=self._columns[2],
+            n_samples=self.n_samples,
+            status=self._status,
+            sketch=self._sketch,
+            controls=self._controls,
+        )
+
+    def _screen(self, norm: Tensor, trained: Trained) -> npt.NDArray[np.int8]:
+        finite = (torch.isfinite(norm) & torch.isfinite(trained.loss_last)).numpy()
+        far = (norm > self._task.reject_above).numpy()
+        status = np.where(far, Status.REJECTED, Status.OK)
+        return np.where(finite, status, Status.NONFINITE).astype(np.int8)
+
+    def _weights(
+        self, places: IntArray, norm: Tensor, losses: Tensor | None
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Weight of each client, and its term of q-FedAvg's denominator."""
+        feedback = self._task.feedback
+        if feedback.weighting == "samples":
+            return self.n_samples[places].astype(np.float64), np.zeros(len(places))
+        if feedback.weighting == "uniform":
+            return np.ones(len(places)), np.zeros(len(places))
+        assert losses is not None
+        loss = np.maximum(losses.numpy().astype(np.float64), 1e-10)
+        inverse_lr = 1.0 / self._task.local.lr
+        squared = (inverse_lr * norm.numpy().astype(np.float64)) ** 2
+        weight = loss**feedback.q
+        return weight, feedback.q * loss ** (feedback.q - 1) * squared + inverse_lr * weight
+
+    def _sum_rows(
+        self,
+        places: IntArray,
+        delta: Tensor,
+        factor: npt.NDArray[np.float64],
+        weight: npt.NDArray[np.float64],
+        scalar: npt.NDArray[np.float64],
+        kept: npt.NDArray[np.bool_],
+    ) -> None:
+        rows = self._task.rows[places]
+        for row in np.unique(rows):
+            here = (rows == row) & kept
+            mix = torch.from_numpy(np.where(here, weight * factor, 0.0).astype(np.float32))
+            self._sum[row] += (mix @ delta).numpy()
+            self._weight[row] += weight[here].sum()
+            self._scalar[row] += scalar[here].sum()
+
+    def _noise(self, places: IntArray, n_params: int) -> npt.NDArray[np.float32]:
+        task = self._task
+        draws = [
+            generator(task.seed, Purpose.PRIVACY, task.round_id, int(client) + 1)
+            for client in task.clients[places]
+        ]
+        noise = [rng.standard_normal(n_params, dtype=np.float32) for rng in draws]
+        return np.stack(noise) * np.float32(task.local_noise)
+
+
+@contextlib.contextmanager
+def _dropout_seed(task: TrainTask, client: int) -> Iterator[None]:
+    """Seed torch's own generator for modules that draw (dropout); kernels never do."""
+    if task.rung == "batched":
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch_seed(task.seed + task.round_id, Purpose.BATCHES, client))
+        yield
+
+
+def _received_losses(
+    task: TrainTask, start: Tensor, samples: Samples, population: Population, clients: IntArray
+) -> Tensor | None:
+    """Mean loss of the received weights over all samples of each client; for q-FedAvg only."""
+    if task.feedback.weighting != "loss":
+        return None
+    index, scale = all_samples(population, clients)
+    layout, module = layout_of(task.spec), cached_module(task.spec)
+
+    def one(params: tuple[Tensor, ...], x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        out = torch.func.functional_call(module, dict(zip(layout.names, params)), (x,))
+        return (sample_losses(out, y, task.spec.task) * weight).sum()
+
+    with torch.no_grad():
+        mapped: Any = torch.func.vmap(one, randomness="different")
+        result: Tensor = mapped(
+            tuple(layout.split(start)), samples.inputs[index], samples.targets[index], scale
+        )
+    return result
+
+
+def read_only_tensor(array: npt.NDArray[np.float32]) -> Tensor:
+    """Tensor over an array that may be read-only; torch would warn, and nobody here writes it."""
+    if array.flags.writeable:
+        return torch.from_numpy(array)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)
