@@ -169,7 +169,7 @@ def _connect(address: str, namespace: str) -> None:
     ray = _import_ray()
     try:
         ray.init(address=address, namespace=namespace, logging_level="error", log_to_driver=False)
-    except (ConnectionError, RuntimeError, OSError, ValueError) as error:
+    except (ConnectionError, RuntimeError, OSError, ValueError, ray.exceptions.RayError) as error:
         reason = str(error).split("\n", 1)[0]
         raise RemoteError(f"Ray cluster {address}", reason, _TOKEN_HINT) from error
 

@@ -87,13 +87,14 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _connect(address: str) -> Any:
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     split_address(address)
     use_token_if_present()
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, AuthenticationError) as error:
         reason = str(error).split("\n", 1)[0]
         raise RemoteError(
             address,
