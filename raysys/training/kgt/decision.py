@@ -42,7 +42,7 @@ class Offer:
 
     step: int
     rate: float
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...] | Mapping[str, Tensor]
     start: int
     grams: Mapping[int, Tensor]
 

@@ -81,6 +81,7 @@ def parse(
     modules: int = 8,
     pattern: str = "",
     signature: Sequence[Sequence[str]] | None = None,
+    hooks_only: bool = False,
     clock: Clock = time.process_time,
 ) -> ModulePlan:
     """Find, measure and group the layer modules of a model.
@@ -91,6 +92,7 @@ def parse(
         pattern: regular expression over module names instead of discovery.
         signature: group exactly as an earlier plan did; needed when resuming, since measured
             costs differ from run to run.
+        hooks_only: do not trace, because someone else calls the model.
         clock: CPU seconds; passed in so that tests decide.
 
     Raises:
@@ -99,8 +101,8 @@ def parse(
         DataError: the model does not have the blocks that ``signature`` names.
     """
     units = blocks.find_units(model, pattern)
-    if isinstance(example, Mapping):
-        reason = "keyword inputs: the model runs as it is, watched by hooks"
+    if isinstance(example, Mapping) or hooks_only:
+        reason = "the model runs as it is, watched by hooks"
         return _hook_plan(model, example, units, signature, modules, reason, clock)
     with hooks.untouched(model):
         try:

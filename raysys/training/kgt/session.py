@@ -154,7 +154,7 @@ class KGT:
         if not (self.model.training and torch.is_grad_enabled()):
             return self.model(*inputs)
         self.freezer.enforce()
-        wanted = self._wanted()
+        wanted = self.wanted()
         if self.plan.mode == "hooks":
             return self._hooked(inputs, wanted)
         upto = self.freezer.upto
@@ -169,7 +169,8 @@ class KGT:
             self._keep(arriving, upto, outputs)
         return out
 
-    def _wanted(self) -> tuple[int, ...]:
+    def wanted(self) -> tuple[int, ...]:
+        """Modules whose outputs the controller wants from the coming forward pass."""
         if self._disabled or self._captured is not None:
             return ()
         return tuple(index for index in self.control.wants(self.steps) if index >= self.frozen_upto)
@@ -213,6 +214,10 @@ class KGT:
     ) -> None:
         grams = {index: gram(value) for index, value in outputs.items()}
         self._captured = Offer(self.steps, self.rate(), arriving, start, grams)
+
+    def offer(self, offer: Offer) -> None:
+        """Take a batch that was captured outside; it is evaluated at the next :meth:`step`."""
+        self._captured = offer
 
     def rate(self) -> float:
         """The largest learning rate among the parameter groups."""
