@@ -9,6 +9,7 @@ reader with the most unread text.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -275,7 +276,8 @@ class _Round:
         gain_GN = self._gain(np.array([[latency_s]]), base[None, :] + grid[:, None])
         counted = s.running if not self.config.charge_waiting else s.running | self.waiting_N
         loss_G = ((gain_GN[0] - gain_GN) * (s.weight * counted)).sum(axis=1)
-        return lambda seconds: float(np.interp(seconds, grid, loss_G))
+        points = list(zip(grid.tolist(), loss_G.tolist()))
+        return lambda seconds: _interpolate(points, seconds)
 
     def _refine(self, batch: int, value_N: FloatArray, gain_N: FloatArray, order: IntArray) -> Plan:
         """Walk the newcomers by priority, pausing the fullest readers where that pays."""
@@ -325,7 +327,6 @@ class _Swap:
         self.parent = parent
         self.batch = batch
         self.value_N = value_N
-        self.gain_N = gain_N
         self.count = int(s.running.sum())
         grow = parent.config.growth_tokens * self.count
         self.room = s.free_tokens - grow
@@ -340,6 +341,8 @@ class _Swap:
         self.reason = "packed"
         latency = float(parent.step_time.predict(batch))
         self.stall_loss = parent._stall_loss(latency) if parent.config.refiner else None
+        self.restore_N = parent.restore.cost(s.context_tokens)
+        self.own_N = np.maximum(gain_N, 0.0) * s.weight
 
     def relieve_shortage(self) -> None:
         """Running requests outgrow the room: pause the fullest readers, gate or no gate."""
@@ -378,13 +381,12 @@ class _Swap:
     def fill(self, waiting: IntArray) -> None:
         """Room that is left goes to whoever fits, best first: idle memory serves nobody."""
         parent = self.parent
-        taken = set(self.admit)
-        for index in waiting:
-            if self.room <= 0.0 or self.count >= parent.snapshot.max_batch:
-                break
-            fits = parent.size_N[index] <= self.room and parent.waiting_N[index]
-            if fits and index not in taken and self.count < max(self.batch, 1):
-                self._take(int(index))
+        able_N = parent.waiting_N.copy()
+        able_N[self.admit] = False
+        count = min(max(self.batch, 1), parent.snapshot.max_batch) - self.count
+        size_N = parent.size_N
+        for index in pack(waiting, able_N.astype(np.float64), size_N, count, self.room):
+            self._take(int(index))
 
     def _smallest_set(self, need: float) -> list[int] | None:
         """Victims, fullest first, that make room; None if room cannot be made."""
@@ -402,13 +404,11 @@ class _Swap:
 
     def _account(self, index: int, picked: list[int]) -> tuple[float, float, float]:
         """Gain, loss and restore seconds of swapping ``picked`` for ``index``."""
-        parent = self.parent
-        s = parent.snapshot
-        gain = float(min(self.value_N[index], 1e6))
-        own = float((np.maximum(self.gain_N[picked], 0.0) * s.weight[picked]).sum())
+        gain = min(float(self.value_N[index]), float(self.parent.snapshot.weight[index]))
         if self.stall_loss is None:
             return gain, 0.0, 0.0
-        stall = float(parent.restore.cost(s.context_tokens[picked]).sum())
+        own = sum(float(self.own_N[victim]) for victim in picked)
+        stall = sum(float(self.restore_N[victim]) for victim in picked)
         before, after = self.stall_loss(self.stall_s), self.stall_loss(self.stall_s + stall)
         return gain, own + after - before, stall
 
@@ -421,6 +421,14 @@ class _Swap:
         self.admit.append(index)
         self.room -= float(self.parent.size_N[index])
         self.count += 1
+
+
+def _interpolate(points: list[tuple[float, float]], x: float) -> float:
+    """Piecewise linear through ``points`` in ascending x; flat beyond the last one."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return points[-1][1]
 
 
 ObjectiveValue = Callable[[PlannerConfig, Snapshot, FloatArray, FloatArray], FloatArray]
