@@ -131,10 +131,11 @@ def data_parallel(count: ByteCount) -> Callable[[nn.Module], nn.Module]:
     return wrap
 
 
-def _counted_all_reduce(count: ByteCount, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _counted_all_reduce(count: ByteCount, bucket: Any) -> torch.futures.Future[Tensor]:
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
     buffer = bucket.buffer()
     count.total += buffer.numel() * buffer.element_size()
-    future: torch.futures.Future[Tensor] = allreduce_hook(dist.group.WORLD, bucket)
+    world: Any = dist.group.WORLD
+    future: torch.futures.Future[Tensor] = allreduce_hook(world, bucket)
     return future

@@ -25,6 +25,12 @@ def load_per_core() -> float:
     return os.getloadavg()[0] / (os.cpu_count() or 1)
 
 
+def entering(offer: Offer) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """The positional inputs of an offer, and what its first module takes in."""
+    assert isinstance(offer.inputs, tuple)
+    return offer.inputs, offer.inputs[0] if offer.start else None
+
+
 class InlineControl:
     """Evaluates offers at once.
 
@@ -96,8 +102,8 @@ class InlineControl:
         wanted = sorted(offer.grams)
         if isinstance(self.reference, HookReference):
             return self.reference.grams(offer.inputs, wanted)
-        enter = offer.inputs[0] if offer.start else None
-        return self.reference.grams(offer.inputs, enter, offer.start, wanted)
+        inputs, enter = entering(offer)
+        return self.reference.grams(inputs, enter, offer.start, wanted)
 
     def _snapshot(self, offer: Offer) -> None:
         self.controller.reference_refreshed()
@@ -107,8 +113,8 @@ class InlineControl:
         last = max(offer.grams)
         chosen = range(offer.start, last + 1)
         segments = {index: self._segment(index) for index in chosen}
-        enter = offer.inputs[0] if offer.start else None
-        self.reference.build(segments, offer.inputs, enter)
+        inputs, enter = entering(offer)
+        self.reference.build(segments, inputs, enter)
 
     def _segment(self, index: int) -> nn.Module:
         segment = self._plan.modules[index].segment
