@@ -1,8 +1,9 @@
 """Cutoff rate by cross-validation: ``beta="auto"``, on held-out training data, never on test data.
 
 A part of the training set is held out; for each candidate a few short proxies train on coresets of
-the rest, and the candidate with the highest held-out accuracy wins. The CCS paper tunes beta by
-grid search; the released script's figures are the best over test evaluations, which we do not do.
+the rest, and the candidate in the middle of the best held-out accuracies wins. The CCS paper tunes
+beta by grid search; the released script's figures are the best over test evaluations, which we do
+not do.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class AutoBetaConfig:
         seed: seed of the held-out part, the coresets and the proxies.
     """
 
-    betas: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4)
+    betas: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
     holdout: float = 0.05
     min_holdout: int = 2000
     repeats: int = 2
@@ -74,11 +75,17 @@ class BetaPlan:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BetaChoice:
-    """The winner, and each candidate's mean held-out accuracy and its standard error."""
+    """The winner, and each candidate's mean held-out accuracy.
+
+    Args:
+        plateau: candidates that cannot be told from the best one; ``beta`` is its middle.
+        tolerance: standard error of a difference between two candidates.
+    """
 
     beta: float
     accuracy: dict[float, float]
-    standard_error: dict[float, float]
+    plateau: tuple[float, ...]
+    tolerance: float
 
 
 def plan_beta_trials(
@@ -117,7 +124,12 @@ def plan_beta_trials(
 
 
 def choose_beta(plan: BetaPlan, accuracy: Sequence[float]) -> BetaChoice:
-    """Pick the candidate with the highest mean held-out accuracy; ties go to the smaller beta.
+    """Pick the middle of the candidates that cannot be told from the best.
+
+    A few proxies on some thousand held-out examples cannot tell candidates half a point apart, and
+    accuracy falls steeply beyond a plateau's edges; so the pick is the middle of the neighbours
+    within one standard error of the best (of two middles, the more accurate), not its luckiest
+    member. With a single repeat there is no error estimate and the best wins.
 
     Args:
         accuracy: held-out accuracy of each trial's proxy, in the plan's order.
@@ -128,12 +140,19 @@ def choose_beta(plan: BetaPlan, accuracy: Sequence[float]) -> BetaChoice:
     if len(accuracy) != len(plan.trials) or not np.isfinite(accuracy).all():
         wanted = f"{len(plan.trials)} finite accuracies, one per trial"
         raise ConfigError("accuracy", list(accuracy), wanted)
-    means, errors = {}, {}
-    for beta in sorted({trial.beta for trial in plan.trials}):
-        mine = [a for trial, a in zip(plan.trials, accuracy) if trial.beta == beta]
-        means[beta] = float(np.mean(mine))
-        sampling = means[beta] * (1 - means[beta]) / len(plan.holdout_ids)
-        spread = float(np.var(mine, ddof=1)) / len(mine) if len(mine) > 1 else 0.0
-        errors[beta] = math.sqrt(max(0.0, sampling) + spread)
-    best = max(means, key=lambda beta: (means[beta], -beta))
-    return BetaChoice(best, means, errors)
+    betas = sorted({trial.beta for trial in plan.trials})
+    runs = [[a for trial, a in zip(plan.trials, accuracy) if trial.beta == b] for b in betas]
+    means = [float(np.mean(run)) for run in runs]
+    repeats = min(len(run) for run in runs)
+    pooled = float(np.mean([np.var(run, ddof=1) for run in runs])) if repeats > 1 else 0.0
+    tolerance = math.sqrt(2 * pooled / repeats)
+    best = max(range(len(betas)), key=lambda index: (means[index], -index))
+    low = high = best
+    while low > 0 and means[low - 1] >= means[best] - tolerance:
+        low -= 1
+    while high < len(betas) - 1 and means[high + 1] >= means[best] - tolerance:
+        high += 1
+    middles = sorted({(low + high) // 2, (low + high + 1) // 2})
+    chosen = max(middles, key=lambda index: (means[index], -index))
+    plateau = tuple(betas[low : high + 1])
+    return BetaChoice(betas[chosen], dict(zip(betas, means)), plateau, tolerance)
