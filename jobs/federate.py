@@ -130,12 +130,14 @@ def _finish(
 ) -> Summary:
     rows = [_row(summary) for summary in summaries]
     context.run.append_rows("rounds", rows)
+    # The first round waits for the workers to start; it says nothing about their speed.
+    warm = summaries[1:] or summaries
     trained = sum(summary.counts["ok"] for summary in summaries)
-    elapsed = sum(summary.duration_s for summary in summaries)
+    speed = sum(s.counts["ok"] for s in warm) / max(sum(s.duration_s for s in warm), 1e-9)
     scored = [s for s in summaries if s.score is not None]
     lines = [
         f"{data.name}: {population.n_clients} clients, {len(summaries)} rounds,"
-        f" {trained} updates, {trained / max(elapsed, 1e-9):.0f} clients/s"
+        f" {trained} updates, {speed:.0f} clients/s"
         f" ({facts['rung']} kernels, {config.workers} workers)",
     ]
     if scored and scored[-1].score is not None:
@@ -143,7 +145,7 @@ def _finish(
         lines.append(
             f"test loss {score.loss:.4f}, accuracy {score.accuracy:.4f} ({score.n} samples)"
         )
-    context.run.write_json("result.json", _result(config, summaries, trained, elapsed, facts))
+    context.run.write_json("result.json", _result(config, summaries, trained, speed, facts))
     report = render_page(
         "Federated training",
         " ".join(lines),
@@ -165,7 +167,7 @@ def _result(
     config: FederateConfig,
     summaries: list[RoundSummary],
     trained: int,
-    elapsed: float,
+    speed: float,
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     scores = [s.score for s in summaries if s.score is not None]
@@ -173,7 +175,7 @@ def _result(
     return {
         "rounds": config.rounds,
         "updates": trained,
-        "clients_per_s": trained / max(elapsed, 1e-9),
+        "clients_per_s": speed,
         "rung": facts["rung"],
         "replaced_workers": facts["replaced"],
         "test_loss": last.loss if last and math.isfinite(last.loss) else None,

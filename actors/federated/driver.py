@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import RayActorError
 
 from actors.federated.coordinator import JobActor, RoundSummary, put_data
 from raysys.errors import RemoteError
@@ -19,7 +18,6 @@ from raysys.federated.core.population import Population
 from raysys.federated.core.recipe import FederatedConfig, make_job
 
 MAX_RESTARTS = 5
-PATIENCE_S = 60.0
 
 
 class FederatedRun:
@@ -49,17 +47,15 @@ class FederatedRun:
         # The references live here, so that they outlive a restart of the coordinator.
         self._data = put_data(data, population)
         self._slice_s = slice_s
-        make = functools.partial(_build, config, spec)
-        remote = ray.remote(JobActor).options(num_cpus=0, max_restarts=MAX_RESTARTS)
-        self.actor: Any = remote.remote(
-            make,
-            self._data,
-            workers=workers,
-            worker_cpus=worker_cpus,
-            run_uri=run_uri,
-            checkpoint_every=checkpoint_every,
-            evaluate_every=evaluate_every,
-        )
+        self._options = {
+            "workers": workers,
+            "worker_cpus": worker_cpus,
+            "run_uri": run_uri,
+            "checkpoint_every": checkpoint_every,
+            "evaluate_every": evaluate_every,
+        }
+        self._make = functools.partial(_build, config, spec)
+        self.actor: Any = self._start()
         self.restarts = 0
 
     def rounds(self, until: int, have: int = 0) -> Iterator[RoundSummary]:
@@ -68,14 +64,12 @@ class FederatedRun:
         Raises:
             RemoteError: the coordinator keeps dying.
         """
-        waiting_since: float | None = None
         while have < until:
             try:
                 summaries = ray.get(self.actor.advance.remote(have, until, self._slice_s))
             except RayActorError as error:
-                waiting_since = self._tolerate(error, waiting_since)
+                self._restart(error)
                 continue
-            waiting_since = None
             for summary in summaries:
                 have = summary.round_id + 1
                 yield summary
@@ -94,19 +88,21 @@ class FederatedRun:
         """End the coordinator and, with it, its workers; may be called twice."""
         ray.kill(self.actor)
 
-    def _tolerate(self, error: RayActorError, since: float | None) -> float:
-        """Wait for Ray to restart the coordinator; give up when it does not come back."""
-        now = time.monotonic()
-        if since is None:
-            self.restarts += 1
-            since = now
-        came_back = isinstance(error, ActorUnavailableError) or self.restarts <= MAX_RESTARTS
-        if not came_back or now - since > PATIENCE_S:
+    def _start(self) -> Any:
+        remote = ray.remote(JobActor).options(num_cpus=0, max_restarts=0)
+        return remote.remote(self._make, self._data, **self._options)
+
+    def _restart(self, error: RayActorError) -> None:
+        """Start a new coordinator in place of a dead one; it goes on from the last checkpoint."""
+        if self.restarts >= MAX_RESTARTS:
             raise RemoteError(
                 "federated coordinator", str(error).splitlines()[0],
                 "Resume the run with --resume; look at the Ray logs for the cause",
             ) from error  # fmt: skip
-        return since
+        self.restarts += 1
+        # Its workers die with their owner; kill the actor in case it is only unreachable.
+        ray.kill(self.actor)
+        self.actor = self._start()
 
 
 def _build(config: FederatedConfig, spec: ModelSpec, population: Population) -> FederatedJob:
