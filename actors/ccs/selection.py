@@ -15,7 +15,7 @@ from raysys.training.ccs.blocks import Block
 from raysys.training.ccs.coreset import Coreset
 from raysys.training.ccs.edges import MapBlocks
 from raysys.training.ccs.selection import Selection, SelectionConfig, run_selection
-from raysys.training.ccs.store import parse_meta
+from raysys.training.ccs.store import parse_meta, split
 from raysys.training.ccs.table import DIRECTION
 
 AnswerT = TypeVar("AnswerT")
@@ -90,6 +90,15 @@ def pieces_of(paths: Sequence[str], partitions: int) -> list[list[Piece]]:
             pieces.append((path, tuple(held)))
     cuts = np.array_split(np.arange(len(pieces)), min(partitions, max(1, len(pieces))))
     return [[pieces[index] for index in cut] for cut in cuts]
+
+
+def count_rows(paths: Sequence[str]) -> int:
+    """Rows of some Parquet files, from their footers.
+
+    Raises:
+        StorageError, DataError: a file cannot be read.
+    """
+    return sum(_open(path).metadata.num_rows for path in paths)
 
 
 def run_pass(
@@ -177,9 +186,10 @@ def _task_map(task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) ->
 
 
 def _open(path: str) -> Any:
+    storage, name = split(path)
+    if not storage.exists(name):
+        raise StorageError(path, "does not exist", "Check the path")
     try:
-        return pq.ParquetFile(path)
-    except (FileNotFoundError, PermissionError) as error:
-        raise StorageError(path, error.strerror or str(error), "Check the path") from None
+        return pq.ParquetFile(storage.filesystem.open_input_file(storage.path(name)))
     except (pa.ArrowException, OSError) as error:
         raise DataError(path, f"not a whole Parquet file ({error})", "Write it again") from None

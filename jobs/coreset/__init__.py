@@ -1,0 +1,1 @@
+"""Coreset selection as a program: score, select, report."""
