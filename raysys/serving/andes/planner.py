@@ -36,7 +36,7 @@ class PlannerConfig:
         horizon_s: look-ahead of the gain.
         watermark: KV occupancy that triggers planning.
         plan_every: most steps between two plans while something waits.
-        growth_tokens: KV reserved for each running request until the next plan.
+        growth_tokens: KV kept free per request when admitting, so that running answers can grow.
         running_bonus: factor on a running request's value, against churn.
         max_preemptions: pauses per request; 0 never pauses.
         gate: protect readers with little unread text from being paused.
@@ -96,6 +96,11 @@ class PlannerConfig:
         check_range(self, "tail_target", 0.0, 1.0)
 
 
+def shortage_tokens(config: PlannerConfig, running: int) -> float:
+    """Free KV room below which the engine might evict somebody before the next plan."""
+    return (config.plan_every + 1.0) * running
+
+
 class Planner:
     """Plans from snapshots; holds options only, so equal inputs give equal plans."""
 
@@ -110,6 +115,7 @@ class Planner:
         mode: Mode = "full",
         *,
         boost: bool = True,
+        drain_tokens_per_s: float = 0.0,
     ) -> Plan:
         """Decide what to pause and what to admit before the next step.
 
@@ -119,18 +125,22 @@ class Planner:
             restore: current restore-cost model.
             mode: ``"admission_only"`` never pauses, ``"fcfs"`` keeps the order of arrival.
             boost: whether the starvation guard may put one request first now.
+            drain_tokens_per_s: KV room that finishing requests release, less the growth of the
+                running ones; 0 where unknown, then swaps count their full gain.
         """
         waiting = ~snapshot.running
         if mode == "fcfs" or not self.triggered(snapshot, step_time):
             order = _by_arrival(snapshot, np.flatnonzero(waiting))
             reason = "fcfs" if mode == "fcfs" else "nothing is short"
             return Plan(admit=order, batch_cap=snapshot.max_batch, mode=mode, reason=reason)
-        return _Round(self.config, snapshot, step_time, restore, mode, boost).solve()
+        parts = _Round(self.config, snapshot, step_time, restore, mode, boost)
+        parts.drain_tokens_per_s = drain_tokens_per_s
+        return parts.solve()
 
     def triggered(self, snapshot: Snapshot, step_time: StepTime) -> bool:
         """Whether memory or compute is short: otherwise everything that fits is admitted."""
-        if snapshot.free_tokens < self.config.growth_tokens * float(snapshot.running.sum()):
-            return True  # the engine would evict somebody before the next plan
+        if snapshot.free_tokens < shortage_tokens(self.config, int(snapshot.running.sum())):
+            return True
         if snapshot.running.all():
             return False
         used = snapshot.capacity_tokens - snapshot.free_tokens
@@ -163,8 +173,11 @@ class _Round:
         self.step_time = step_time
         self.restore = restore
         self.mode = mode
+        self.drain_tokens_per_s = 0.0
         self.size_N = snapshot.context_tokens + config.growth_tokens
         self.buffer_N = buffer_s(snapshot)
+        restore_N = restore.cost(snapshot.context_tokens)
+        self.gate_N = np.maximum(config.guard_s, config.guard_restore_factor * restore_N)
         self.view: Outlook = outlook(snapshot, config.horizon_s)
         self.wait_N = self.view.wait
         self.victim_N = self._victims()
@@ -183,10 +196,8 @@ class _Round:
             return np.zeros(s.size, dtype=np.bool_)
         allowed = s.running & s.pausable & (s.preemptions < config.max_preemptions)
         if config.gate:
-            restore_N = self.restore.cost(s.context_tokens)
             room_s = float(self.restore.cost(s.capacity_tokens))
-            least = max(config.guard_s, config.guard_room_factor * room_s)
-            guard = np.maximum(least, config.guard_restore_factor * restore_N)
+            guard = np.maximum(self.gate_N, config.guard_room_factor * room_s)
             allowed &= self.buffer_N >= guard
         return allowed
 
@@ -279,6 +290,25 @@ class _Round:
         points = list(zip(grid.tolist(), loss_G.tolist()))
         return lambda seconds: _interpolate(points, seconds)
 
+    def _swap_gain(self, latency_s: float) -> FloatArray:
+        """(N,) what serving a request now gains over serving it when the queue has drained.
+
+        A swap moves the whole queue forward by one place; summed over the queue, that is worth
+        the difference between being served now and being served last. Near saturation the queue
+        drains in seconds and a swap gains little, whatever its gain over the whole horizon.
+        """
+        s = self.snapshot
+        hungry_N = self.waiting_N & (self.buffer_N <= self.config.guard_s)
+        queue = float(self.size_N[hungry_N].sum()) - s.free_tokens
+        horizon = self.config.horizon_s
+        drain_s = horizon
+        if self.drain_tokens_per_s > 0.0:
+            drain_s = min(horizon, max(0.0, queue) / self.drain_tokens_per_s)
+        delay_N = self._start_delay(latency_s)
+        gain_2N = self._gain(np.array([[latency_s]]), np.stack([delay_N, delay_N + drain_s]))
+        gain: FloatArray = (gain_2N[0] - gain_2N[1]) * s.weight
+        return gain
+
     def _refine(self, batch: int, value_N: FloatArray, gain_N: FloatArray, order: IntArray) -> Plan:
         """Walk the newcomers by priority, pausing the fullest readers where that pays."""
         s = self.snapshot
@@ -341,22 +371,28 @@ class _Swap:
         self.reason = "packed"
         latency = float(parent.step_time.predict(batch))
         self.stall_loss = parent._stall_loss(latency) if parent.config.refiner else None
+        self.swap_gain_N = parent._swap_gain(latency)
         self.restore_N = parent.restore.cost(s.context_tokens)
         self.own_N = np.maximum(gain_N, 0.0) * s.weight
 
     def relieve_shortage(self) -> None:
-        """Running requests outgrow the room: pause the fullest readers, gate or no gate."""
-        s = self.parent.snapshot
-        if self.room >= 0.0 or self.parent.mode != "full":
+        """The engine is about to evict its newest request: pause the fullest reader instead."""
+        parent, s = self.parent, self.parent.snapshot
+        short = shortage_tokens(parent.config, self.count) - s.free_tokens
+        if short <= 0.0:
             return
-        able = np.flatnonzero(s.running & s.pausable)
-        for index in able[np.argsort(-self.parent.buffer_N[able], kind="stable")]:
-            if self.room >= 0.0 or self.count <= 1:
-                break
-            self._evict(int(index))
+        self.reason = "shortage"
+        able_N = s.running & s.pausable
+        safe_N = able_N & (parent.buffer_N >= parent.gate_N)
+        while short > 0.0 and self.count > 1 and able_N.any():
+            index = _best_fit(safe_N, parent.size_N, short)
+            if index is None:
+                index = int(np.argmax(np.where(able_N, parent.buffer_N, -np.inf)))
+            able_N[index] = safe_N[index] = False
+            self._evict(index)
+            short -= float(parent.size_N[index])
             if index in self.victims:
                 self.victims.remove(index)
-        self.reason = "shortage"
 
     def consider(self, index: int) -> None:
         """Admit a chosen newcomer if room can be made and the swap pays."""
@@ -404,7 +440,7 @@ class _Swap:
 
     def _account(self, index: int, picked: list[int]) -> tuple[float, float, float]:
         """Gain, loss and restore seconds of swapping ``picked`` for ``index``."""
-        gain = min(float(self.value_N[index]), float(self.parent.snapshot.weight[index]))
+        gain = float(self.swap_gain_N[index])
         if self.stall_loss is None:
             return gain, 0.0, 0.0
         own = sum(float(self.own_N[victim]) for victim in picked)
@@ -421,6 +457,16 @@ class _Swap:
         self.admit.append(index)
         self.room -= float(self.parent.size_N[index])
         self.count += 1
+
+
+def _best_fit(able_N: BoolArray, size_N: FloatArray, need: float) -> int | None:
+    """The smallest that covers ``need``, else the largest: restoring costs by the token."""
+    if not able_N.any():
+        return None
+    enough_N = able_N & (size_N >= need)
+    if enough_N.any():
+        return int(np.argmin(np.where(enough_N, size_N, np.inf)))
+    return int(np.argmax(np.where(able_N, size_N, -np.inf)))
 
 
 def _interpolate(points: list[tuple[float, float]], x: float) -> float:

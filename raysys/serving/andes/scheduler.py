@@ -20,6 +20,8 @@ from raysys.serving.andes.models import LatencyModel, RestoreModel, StepTime
 from raysys.serving.andes.planner import Planner, PlannerConfig
 from raysys.serving.andes.snapshot import Mode, Plan, Snapshot
 
+DRAIN_MEMORY_S = 30.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AndesConfig:
@@ -88,6 +90,8 @@ class AndesScheduler:
         self._steps_since_plan = self.config.planner.plan_every
         self._event = False
         self._boosted_s = -math.inf
+        self._freed_tokens = 0.0
+        self._drain_tokens_per_s = 0.0
 
     @property
     def mode(self) -> Mode:
@@ -104,6 +108,11 @@ class AndesScheduler:
     def on_event(self) -> None:
         """A request arrived, finished or was aborted: plan before the next step."""
         self._event = True
+
+    def on_finish(self, context_tokens: float) -> None:
+        """A running request finished or was aborted and gave its KV room back."""
+        self._event = True
+        self._freed_tokens += context_tokens
 
     def on_step(
         self,
@@ -132,8 +141,17 @@ class AndesScheduler:
         counters.busy_s += seconds
         counters.restore_s += restore_s
         self.controller.on_step(seconds, restore_s)
+        self._update_drain(batch * steps, seconds)
         if self.config.learn:
             self.latency.observe(batch, prefill_tokens, context_tokens, seconds / steps)
+
+    def _update_drain(self, grown_tokens: float, seconds: float) -> None:
+        """Moving average of released minus grown KV tokens per second."""
+        if seconds > 0.0:
+            keep = math.exp(-seconds / DRAIN_MEMORY_S)
+            net = (self._freed_tokens - grown_tokens) / seconds
+            self._drain_tokens_per_s = keep * self._drain_tokens_per_s + (1.0 - keep) * net
+            self._freed_tokens = 0.0
 
     def due(self) -> bool:
         """Whether to plan before the next step."""
@@ -146,7 +164,12 @@ class AndesScheduler:
         boost = snapshot.now_s - self._boosted_s >= self.config.planner.starved_every_s
         try:
             plan = self.planner.plan(
-                snapshot, self.latency.step_time, self.restore_model, self.mode, boost=boost
+                snapshot,
+                self.latency.step_time,
+                self.restore_model,
+                self.mode,
+                boost=boost,
+                drain_tokens_per_s=self._drain_tokens_per_s,
             )
         except Exception as error:
             if self._on_error is not None:

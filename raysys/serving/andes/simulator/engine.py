@@ -73,7 +73,10 @@ class Policy(Protocol):
     name: str
 
     def on_event(self) -> None:
-        """A request arrived or finished."""
+        """A request arrived or was evicted."""
+
+    def on_finish(self, context_tokens: float) -> None:
+        """A request finished and gave its room back."""
 
     def before_step(self, engine: SimEngine) -> None:
         """Decide before a step."""
@@ -387,5 +390,5 @@ class SimEngine:
             table = self.table
             self.final[:, r] = table.tokens[slot], table.lag_s[slot], table.delay_sum_s[slot]
             self.preempted[r] = table.preemptions[slot]
+            self.policy.on_finish(float(table.context_tokens[slot]))
             table.remove(slot)
-            self.policy.on_event()

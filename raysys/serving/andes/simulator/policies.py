@@ -13,6 +13,7 @@ import numpy as np
 
 from raysys.errors import ConfigError
 from raysys.serving.andes.gain import outlook
+from raysys.serving.andes.planner import shortage_tokens
 from raysys.serving.andes.scheduler import AndesConfig, AndesScheduler
 from raysys.serving.andes.simulator.engine import MAX_JUMP, SimEngine
 from raysys.serving.andes.snapshot import FloatArray, IntArray, Snapshot
@@ -25,6 +26,9 @@ class Fcfs:
 
     def on_event(self) -> None:
         return
+
+    def on_finish(self, context_tokens: float) -> None:
+        self.on_event()
 
     def before_step(self, engine: SimEngine) -> None:
         engine.batch_cap = engine.config.max_batch
@@ -109,6 +113,9 @@ class Andes:
     def on_event(self) -> None:
         self.scheduler.on_event()
 
+    def on_finish(self, context_tokens: float) -> None:
+        self.scheduler.on_finish(context_tokens)
+
     def before_step(self, engine: SimEngine) -> None:
         if not (self.scheduler.due() and self._wanted(engine)):
             return
@@ -143,8 +150,8 @@ class Andes:
 
     def _wanted(self, engine: SimEngine) -> bool:
         """Nothing waits and the running ones have room to grow: every plan would be empty."""
-        growth = self.scheduler.config.planner.growth_tokens * engine.running
-        return bool(engine.waiting) or engine.free_tokens < growth
+        reserve = shortage_tokens(self.scheduler.config.planner, engine.running)
+        return bool(engine.waiting) or engine.free_tokens < reserve
 
 
 def _raise(error: Exception) -> None:
