@@ -39,18 +39,23 @@ class IRSConfig:
         blend: weight of the total under ``blend``; 0 equals ``round``, 1 equals ``total``.
         eps: starvation knob of section 4.4; 0 is pure IRS.
         affected: count the jobs that a refusal really delays (released program), or the whole queue.
+        yield_factor: beyond the paper: an atom's owner lets a job of another eligible group go
+            first that is this many times smaller. None is the paper (never), 1 is SRSF.
     """
 
     demand_scope: DemandScope = "round"
     blend: float = 0.5
     eps: float = 0.0
     affected: Literal["delayed", "length"] = "delayed"
+    yield_factor: float | None = None
 
     def __post_init__(self) -> None:
         check_choice(self, "demand_scope", ("round", "total", "blend"))
         check_choice(self, "affected", ("delayed", "length"))
         check_range(self, "blend", 0, 1)
         check_range(self, "eps", 0)
+        if self.yield_factor is not None:
+            check_range(self, "yield_factor", 1)
         check(self, "eps", self.eps <= 100, "a number in [0, 100]", "Larger values overflow")
 
 
@@ -94,6 +99,8 @@ class IRS:
             scarcity=[group.index for group in scarce_first],
             masks=supply.masks,
             allocated={group.index: group.allocated for group in groups},
+            sizes=_sizes(groups) if self.config.yield_factor is not None else {},
+            yield_factor=self.config.yield_factor,
         )
 
     def demand_of(self, request: Request, supply: SupplyView, competitors: int) -> float:
@@ -183,6 +190,15 @@ def _move(take: int, scarce: _Group, group: _Group, supply: SupplyView) -> None:
     group.allocated += rate
     lost = min(rate / before, 1.0) if before > 0 else 1.0
     group.queue += scarce.queue * lost
+
+
+def _sizes(groups: Sequence[_Group]) -> dict[int, float]:
+    """Demand that the order compared, by job."""
+    sizes = {}
+    for group in groups:
+        for request, before, after in zip(group.requests, [0.0, *group.cumulative], group.cumulative):
+            sizes[request.job] = after - before
+    return sizes
 
 
 def _service_order(requests: Sequence[Request], demands: Sequence[float]) -> Sequence[int]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from typing import Protocol
 
 from raysys.federated.venn.supply import SupplyView
@@ -89,6 +92,9 @@ class GroupedPlan:
         scarcity: groups with open demand, scarcest first.
         masks: eligibility mask of every atom.
         allocated: devices per second owned by every group of ``order``.
+        sizes: demand that the order compared, by job; only needed with ``yield_factor``.
+        yield_factor: a job of another group that is this many times smaller goes before the
+            owner's; None never.
     """
 
     order: dict[int, list[Request]]
@@ -96,6 +102,8 @@ class GroupedPlan:
     scarcity: list[int]
     masks: tuple[int, ...]
     allocated: dict[int, float] = field(default_factory=dict)
+    sizes: dict[int, float] = field(default_factory=dict)
+    yield_factor: float | None = None
 
     def groups(self, atom: int) -> Iterator[int]:
         """Groups in the order in which a device of ``atom`` is offered to them."""
@@ -108,5 +116,13 @@ class GroupedPlan:
                     yield group
 
     def ranking(self, atom: int) -> Iterator[Request]:
-        for group in self.groups(atom):
-            yield from self.order[group]
+        groups = self.groups(atom)
+        if self.yield_factor is None:
+            return chain.from_iterable(self.order[group] for group in groups)
+        return heapq.merge(
+            *(self.order[group] for group in groups), key=partial(self._rank, self.owner[atom])
+        )
+
+    def _rank(self, owner: int, request: Request) -> tuple[float, float, int]:
+        factor = 1.0 if request.group == owner else self.yield_factor or 1.0
+        return self.sizes[request.job] * factor, request.opened_s, request.job

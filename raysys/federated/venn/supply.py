@@ -88,12 +88,12 @@ class SupplyEstimator:
     config: SupplyConfig = field(default_factory=SupplyConfig)
     start_s: float | None = None
     seen: int = 0
-    _minutes: deque[tuple[int, dict[int, int]]] = field(default_factory=deque)
-    _window: dict[int, int] = field(default_factory=dict)
-    _decayed: dict[int, float] = field(default_factory=dict)
-    _decayed_at_s: float = 0.0
-    _recent: deque[tuple[float, int, int]] = field(default_factory=deque)
-    _recent_total: int = 0
+    minutes: deque[tuple[int, dict[int, int]]] = field(default_factory=deque)
+    window: dict[int, int] = field(default_factory=dict)
+    decayed: dict[int, float] = field(default_factory=dict)
+    decayed_at_s: float = 0.0
+    recent: deque[tuple[float, int, int]] = field(default_factory=deque)
+    recent_total: int = 0
 
     def observe(self, counts: Mapping[int, int], now_s: float) -> None:
         """Count check-ins by mask at ``now_s``; time may not run backwards by more than a minute.
@@ -104,16 +104,16 @@ class SupplyEstimator:
         if any(count < 0 for count in counts.values()):
             raise ConfigError("counts", dict(counts), "numbers >= 0")
         if self.start_s is None:
-            self.start_s = self._decayed_at_s = now_s
+            self.start_s = self.decayed_at_s = now_s
         self.seen += sum(counts.values())
         self._decay_to(now_s)
         self._count_minute(counts, now_s)
         for mask, count in counts.items():
-            self._decayed[mask] = self._decayed.get(mask, 0.0) + count
-            self._recent.append((now_s, mask, count))
-            self._recent_total += count
-        while self._recent and self._recent_total - self._recent[0][2] >= self.config.last_n:
-            self._recent_total -= self._recent.popleft()[2]
+            self.decayed[mask] = self.decayed.get(mask, 0.0) + count
+            self.recent.append((now_s, mask, count))
+            self.recent_total += count
+        while self.recent and self.recent_total - self.recent[0][2] >= self.config.last_n:
+            self.recent_total -= self.recent.popleft()[2]
 
     def rates(self, masks: Sequence[int], now_s: float) -> list[float]:
         """Devices per second of every mask, the prior mixed in while the sample is small."""
@@ -131,39 +131,39 @@ class SupplyEstimator:
         if self.config.estimator == "decay":
             self._decay_to(now_s)
             span_s = self.config.window_s * -np.expm1(-age_s / self.config.window_s)
-            return self._decayed, max(float(span_s), 1.0)
+            return self.decayed, max(float(span_s), 1.0)
         if self.config.estimator == "last_n":
             recent: dict[int, float] = {}
-            for _, mask, count in self._recent:
+            for _, mask, count in self.recent:
                 recent[mask] = recent.get(mask, 0.0) + count
-            first_s = self._recent[0][0] if self._recent else now_s
+            first_s = self.recent[0][0] if self.recent else now_s
             return recent, max(now_s - first_s, 1.0)
         self._expire(now_s)
-        return self._window, min(age_s, self.config.window_s)
+        return self.window, min(age_s, self.config.window_s)
 
     def _decay_to(self, now_s: float) -> None:
-        passed_s = max(now_s - self._decayed_at_s, 0.0)
+        passed_s = max(now_s - self.decayed_at_s, 0.0)
         if passed_s:
             factor = float(np.exp(-passed_s / self.config.window_s))
-            self._decayed = {mask: count * factor for mask, count in self._decayed.items()}
-            self._decayed_at_s = now_s
+            self.decayed = {mask: count * factor for mask, count in self.decayed.items()}
+            self.decayed_at_s = now_s
 
     def _count_minute(self, counts: Mapping[int, int], now_s: float) -> None:
         minute = int(now_s // MINUTE_S)
-        if not self._minutes or self._minutes[-1][0] < minute:
-            self._minutes.append((minute, {}))
-        latest = self._minutes[-1][1]
+        if not self.minutes or self.minutes[-1][0] < minute:
+            self.minutes.append((minute, {}))
+        latest = self.minutes[-1][1]
         for mask, count in counts.items():
             latest[mask] = latest.get(mask, 0) + count
-            self._window[mask] = self._window.get(mask, 0) + count
+            self.window[mask] = self.window.get(mask, 0) + count
         self._expire(now_s)
 
     def _expire(self, now_s: float) -> None:
         oldest = int((now_s - self.config.window_s) // MINUTE_S)
-        while self._minutes and self._minutes[0][0] < oldest:
-            for mask, count in self._minutes.popleft()[1].items():
-                left = self._window[mask] - count
+        while self.minutes and self.minutes[0][0] < oldest:
+            for mask, count in self.minutes.popleft()[1].items():
+                left = self.window[mask] - count
                 if left:
-                    self._window[mask] = left
+                    self.window[mask] = left
                 else:
-                    del self._window[mask]
+                    del self.window[mask]

@@ -7,7 +7,6 @@ population, rounds and arrival gaps so that the dynamics of a round stay as they
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -85,7 +84,7 @@ class WorkloadConfig:
     first_s: float = 3600.0
     scale_devices: float = 10.0
     scale_rounds: float = 20.0
-    bias: Literal[0.5, 0.7] = 0.7
+    bias: float = 0.7
     buffered_share: float = 0.0
 
     def __post_init__(self) -> None:

@@ -80,7 +80,8 @@ class World:
         offset = self._task_s(job)[rows]
         if self.config.delay_s:
             offset = offset + self.config.delay_s * hash_uniform(positions, self.config.seed)
-        return np.where(offset <= self.trace.online[rows], starts + offset, np.inf)
+        answers: Floats = np.where(offset <= self.trace.online[rows], starts + offset, np.inf)
+        return answers
 
     def offline_times(self, positions: Ints) -> Floats:
         """When the devices at these virtual positions go offline."""

@@ -1,0 +1,124 @@
+"""Between protocol messages and the core's plain values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from actors.proto.messages import pb
+from raysys.errors import ConfigError
+from raysys.federated.venn.gateway import GatewayPlan, GatewayRound, Offers
+from raysys.federated.venn.requirements import Requirement, Schema
+from raysys.federated.venn.scheduler import SchedulerCore
+
+
+def mask_to_bytes(mask: int) -> bytes:
+    return mask.to_bytes((mask.bit_length() + 7) // 8, "little")
+
+
+def mask_from_bytes(data: bytes) -> int:
+    if len(data) > 4096:
+        raise ConfigError("mask", len(data), "at most 4096 bytes")
+    return int.from_bytes(data, "little")
+
+
+def plan_message(core: SchedulerCore, gateway: str, now_s: float) -> Any:
+    """The plan in force for one gateway, with its limits."""
+    state = core.state
+    message = pb.Plan(
+        epoch=state.epoch,
+        version=state.version,
+        schema_version=core.config.schema.version,
+        attributes=core.config.schema.attributes,
+        scarcity=state.scarcity,
+        flat=state.flat,
+        retry_after_s=state.retry_after_s,
+        yield_factor=state.yield_factor or 0.0,
+    )
+    for requirement in state.requirements:
+        message.requirements.add(bounds=dict(requirement.bounds))
+    for mask, groups in state.atoms:
+        message.atoms.add(mask=mask_to_bytes(mask), groups=groups)
+    place = {slot: place for place, slot in enumerate(state.order)}
+    jobs = [job for job in state.jobs.values() if job.open is not None]
+    jobs.sort(key=lambda job: (place.get(job.slot, len(place)), job.slot))
+    for job in jobs:
+        opened = job.open
+        assert opened is not None
+        grant = opened.grants.get(gateway)
+        message.rounds.add(
+            task=pb.Task(
+                slot=job.slot,
+                job_id=job.job_id,
+                round=opened.number,
+                plan_uri=job.plan_uri,
+                upload_endpoint=job.upload_endpoint,
+            ),
+            round_id=opened.round_id,
+            group=job.group,
+            limit=grant.limit if grant else 0,
+            version=grant.version if grant else 0,
+            lease_s=opened.lease_s,
+            ends_in_s=max(opened.opened_s + opened.deadline_s - now_s, 0.0),
+            size=state.sizes.get(job.slot, 0.0),
+        )
+    return message
+
+
+def plan_from_message(message: Any, now_s: float) -> GatewayPlan:
+    """A gateway's view of a plan message."""
+    rounds = tuple(
+        GatewayRound(
+            round_id=item.round_id,
+            slot=item.task.slot,
+            group=item.group,
+            limit=item.limit,
+            version=item.version,
+            lease_s=item.lease_s,
+            ends_s=now_s + item.ends_in_s,
+            size=item.size,
+            task=item.task,
+        )
+        for item in message.rounds
+    )
+    return GatewayPlan(
+        epoch=message.epoch,
+        version=message.version,
+        schema=Schema(version=message.schema_version, attributes=tuple(message.attributes)),
+        requirements=tuple(
+            Requirement.from_mapping(dict(item.bounds)) for item in message.requirements
+        ),
+        rounds=rounds,
+        atoms={mask_from_bytes(item.mask): tuple(item.groups) for item in message.atoms},
+        scarcity=tuple(message.scarcity),
+        flat=message.flat,
+        yield_factor=message.yield_factor or None,
+        retry_after_s=message.retry_after_s,
+    )
+
+
+def offer_message(offers: Offers, sequence: int, gateway: str, incarnation: int) -> Any:
+    """Answer to one batch."""
+    return pb.OfferBatch(
+        sequence=sequence,
+        gateway=gateway,
+        epoch=incarnation,
+        slots=offers.slots.astype("<i4").tobytes(),
+        lease_counters=offers.leases.astype("<u8").tobytes(),
+        expiry_s=offers.expiry_s.astype("<f4").tobytes(),
+        retry_after_s=offers.retry_s.astype("<f4").tobytes(),
+        tasks=[item.task for item in offers.rounds],
+    )
+
+
+def counters_of(data: bytes) -> list[int]:
+    """Lease counters of a batch.
+
+    Raises:
+        ConfigError: not a whole number of 8-byte entries, or more than 100,000.
+    """
+    if len(data) % 8 or len(data) > 800_000:
+        raise ConfigError("lease_counters", len(data), "a multiple of 8 bytes, at most 800,000")
+    counters: list[int] = np.frombuffer(data, dtype="<u8").tolist()
+    return counters

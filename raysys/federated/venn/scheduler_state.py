@@ -1,0 +1,156 @@
+"""The scheduler's state as plain data, so that a snapshot is one JSON document."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from raysys.config import check, check_range
+from raysys.federated.venn.credits import Grant
+from raysys.federated.venn.requirements import Requirement, Schema
+from raysys.federated.venn.supply import SupplyConfig, SupplyEstimator
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceConfig:
+    """Settings of the live service.
+
+    Args:
+        schema: attribute columns of a check-in.
+        supply: estimator of the rates.
+        policy: name in :data:`raysys.federated.venn.scheduler.POLICIES`.
+        eps: starvation knob of the IRS policies.
+        report_interval_s: gateways report this often.
+        gateway_timeout_s: a gateway silent for so long is dead.
+        job_max_silent_s, job_max_life_s: a job silent or alive for longer is removed.
+        max_demand: largest demand of one round.
+        low_retry_s, high_retry_s: bounds of pace steering.
+    """
+
+    schema: Schema = field(default_factory=Schema)
+    supply: SupplyConfig = field(default_factory=SupplyConfig)
+    policy: str = "irs-yield"
+    eps: float = 0.0
+    report_interval_s: float = 0.1
+    gateway_timeout_s: float = 3.0
+    job_max_silent_s: float = 1800.0
+    job_max_life_s: float = 7 * 86_400.0
+    max_demand: int = 10_000_000
+    low_retry_s: float = 60.0
+    high_retry_s: float = 900.0
+
+    def __post_init__(self) -> None:
+        check_range(self, "eps", 0)
+        check_range(self, "report_interval_s", 0, low_open=True)
+        check_range(self, "gateway_timeout_s", self.report_interval_s, low_open=True)
+        check_range(self, "job_max_silent_s", 0, low_open=True)
+        check_range(self, "job_max_life_s", 0, low_open=True)
+        check_range(self, "max_demand", 1)
+        check_range(self, "low_retry_s", 0)
+        check(self, "high_retry_s", self.high_retry_s >= self.low_retry_s, ">= low_retry_s")
+
+
+@dataclass(slots=True)
+class RoundState:
+    """One open round; ``extra`` counts devices that the job asked for on top.
+
+    ``lost`` are ceilings and live leases of dead gateways: they stay charged until ``returns`` says
+    that the leases behind them have run out.
+    """
+
+    round_id: int
+    number: int
+    demand: int
+    overcommit: float
+    deadline_s: float
+    opened_s: float
+    lease_s: float
+    replace_failed: bool = True
+    extra: int = 0
+    expired: bool = False
+    filled: bool = False
+    grants: dict[str, Grant] = field(default_factory=dict)
+    settled_spent: int = 0
+    settled_failed: int = 0
+    lost: int = 0
+    returns: list[tuple[float, int, int]] = field(default_factory=list)
+
+    @property
+    def allowed(self) -> int:
+        """Devices that may ever be assigned, replacements included."""
+        base = math.ceil(self.demand * self.overcommit - 1e-9) + self.extra
+        return base + (self.failed if self.replace_failed else 0)
+
+    @property
+    def spent(self) -> int:
+        """Devices known to be assigned."""
+        return self.settled_spent + sum(grant.spent for grant in self.grants.values())
+
+    @property
+    def failed(self) -> int:
+        return self.settled_failed + sum(grant.failed for grant in self.grants.values())
+
+    @property
+    def charged(self) -> int:
+        """Devices that may have been assigned for all the scheduler knows."""
+        return self.settled_spent + self.lost + sum(g.ceiling for g in self.grants.values())
+
+    @property
+    def remaining(self) -> int:
+        """Devices still to be assigned."""
+        return 0 if self.expired else max(self.allowed - self.spent - self.lost, 0)
+
+
+@dataclass(slots=True)
+class JobState:
+    """A registered job."""
+
+    job_id: str
+    slot: int
+    group: int
+    registered_s: float
+    seen_s: float
+    rounds: int = 0
+    response_s: float = 90.0
+    plan_uri: str = ""
+    upload_endpoint: str = ""
+    rounds_done: int = 0
+    rounds_aborted: int = 0
+    round_opened_s: float = 0.0
+    attempts: int = 0
+    assigned: int = 0
+    failed: int = 0
+    open: RoundState | None = None
+
+
+@dataclass(slots=True)
+class GatewayState:
+    """A gateway as the scheduler knows it; ``recent`` is its decayed count of check-ins."""
+
+    incarnation: int
+    sequence: int = 0
+    recent: float = 0.0
+
+
+@dataclass(slots=True)
+class SchedulerState:
+    """Everything that a restart must bring back."""
+
+    epoch: int = 0
+    version: int = 0
+    next_slot: int = 0
+    next_round: int = 1
+    seed: int = 0
+    requirements: list[Requirement] = field(default_factory=list)
+    jobs: dict[str, JobState] = field(default_factory=dict)
+    gateways: dict[str, GatewayState] = field(default_factory=dict)
+    supply: SupplyEstimator = field(default_factory=SupplyEstimator)
+    masks: list[int] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
+    atoms: list[tuple[int, list[int]]] = field(default_factory=list)
+    scarcity: list[int] = field(default_factory=list)
+    flat: bool = False
+    sizes: dict[int, float] = field(default_factory=dict)
+    yield_factor: float | None = None
+    retry_after_s: float = 900.0
+    dirty: bool = False
