@@ -13,11 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from raysys.errors import CapabilityError
-from raysys.training.kgt.controller import FreezeController
+from raysys.training.kgt.config import KGTConfig
+from raysys.training.kgt.controller import EventSink, FreezeController, ignore
 from raysys.training.kgt.decision import Decision, Offer
 from raysys.training.kgt.plan import ModulePlan
 from raysys.training.kgt.plasticity import sp_loss
 from raysys.training.kgt.reference import HookReference, SegmentReference
+from raysys.training.kgt.savings import Savings
 
 
 def load_per_core() -> float:
@@ -29,6 +31,19 @@ def entering(offer: Offer) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """The positional inputs of an offer, and what its first module takes in."""
     assert isinstance(offer.inputs, tuple)
     return offer.inputs, offer.inputs[0] if offer.start else None
+
+
+def inline_control(
+    config: KGTConfig,
+    model: nn.Module,
+    plan: ModulePlan,
+    total_steps: int,
+    log: EventSink = ignore,
+) -> InlineControl:
+    """The knowledge-guided controller for a model, with resolved options."""
+    savings = Savings([module.cost for module in plan.modules])
+    controller = FreezeController(config, len(plan), total_steps, savings=savings, log=log)
+    return InlineControl(controller, model, plan)
 
 
 class InlineControl:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,11 +29,11 @@ from torch.optim import Optimizer
 from raysys.errors import ConfigError, DataError, StorageError
 from raysys.training.kgt.cache import ActivationCache
 from raysys.training.kgt.config import KGTConfig, resolve
-from raysys.training.kgt.controller import EventSink, FreezeController, ignore
+from raysys.training.kgt.controller import EventSink, ignore
 from raysys.training.kgt.decision import Control, Offer
 from raysys.training.kgt.freezer import Freezer, check_optimizer
 from raysys.training.kgt.hooks import Capture
-from raysys.training.kgt.inline import InlineControl
+from raysys.training.kgt.inline import inline_control
 from raysys.training.kgt.plan import ModulePlan, parse
 from raysys.training.kgt.plasticity import gram, subsample
 from raysys.training.kgt.runner import SegmentRunner
@@ -72,6 +73,7 @@ class KGT:
         wrap: applied to the forward module, and again after each change of the prefix: data
             parallelism, whose buckets are fixed when it is built.
         log: takes one mapping per event.
+        clock: CPU seconds; ``evaluation_s`` adds up what reference and plasticity cost.
 
     Raises:
         ConfigError: bad options, or an optimizer that moves parameters without gradients.
@@ -92,6 +94,7 @@ class KGT:
         signature: Sequence[Sequence[str]] | None = None,
         wrap: Wrap | None = None,
         log: EventSink = ignore,
+        clock: Callable[[], float] = time.process_time,
     ) -> None:
         check_optimizer(optimizer)
         asked = config or KGTConfig()
@@ -105,7 +108,9 @@ class KGT:
         self.notes = list(self.plan.notes)
         self.log = log
         self.freezer = Freezer(model, self.plan)
-        self.control: Control = control or self._own_control(total_steps)
+        self.control: Control = control or inline_control(
+            self.config, model, self.plan, total_steps, log
+        )
         self.runner = SegmentRunner(model, self.plan)
         self._wrap = wrap
         self._forward_module: nn.Module = wrap(self.runner) if wrap else self.runner
@@ -116,13 +121,8 @@ class KGT:
         self._captured: Offer | None = None
         self._snapshot: list[Tensor] | None = None
         self._disabled = False
-
-    def _own_control(self, total_steps: int) -> InlineControl:
-        savings = Savings([module.cost for module in self.plan.modules])
-        controller = FreezeController(
-            self.config, len(self.plan), total_steps, savings=savings, log=self.log
-        )
-        return InlineControl(controller, self.model, self.plan)
+        self.evaluation_s = 0.0
+        self._clock = clock
 
     def _open_cache(self, data: DataDescription | None) -> ActivationCache | None:
         if not self.config.cache.directory:
@@ -212,8 +212,10 @@ class KGT:
     def _keep(
         self, arriving: tuple[Tensor, ...], start: int, outputs: Mapping[int, Tensor]
     ) -> None:
+        begin = self._clock()
         grams = {index: gram(value) for index, value in outputs.items()}
         self._captured = Offer(self.steps, self.rate(), arriving, start, grams)
+        self.evaluation_s += self._clock() - begin
 
     def offer(self, offer: Offer) -> None:
         """Take a batch that was captured outside; it is evaluated at the next :meth:`step`."""
@@ -240,7 +242,9 @@ class KGT:
             parameters = [list(module.parameters) for module in self.plan.modules]
             self.control.gradients(self.steps, parameters)
         if offer is not None and not skipped and math.isfinite(value):
+            begin = self._clock()
             self.control.offer(offer)
+            self.evaluation_s += self._clock() - begin
         self.control.observe(self.steps, value, self.rate(), self.epoch)
         self.steps += 1
         decision = self.control.latest()
@@ -330,7 +334,9 @@ class KGT:
         self.notes = list(state["notes"])
         self.control.load_state_dict(state["control"])
         self.freezer.apply(state["frozen_upto"])
-        if self.cache is not None and state["cache"] is not None:
+        if self.cache is not None and state["cache"] is None:
+            self.cache.move(state["frozen_upto"])
+        elif self.cache is not None:
             try:
                 self.cache.load_state_dict(state["cache"])
             except StorageError as error:

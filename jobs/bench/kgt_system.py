@@ -1,0 +1,301 @@
+"""Systems measurements of KGT: step ceilings, a stopped controller, kill and resume, a coreset."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from actors.kgt import start_remote_control
+from actors.session import Session, SessionConfig
+from jobs.bench import kgt_tasks as tasks
+from raysys.bench import Profile
+from raysys.training import datasets
+from raysys.training.ccs import (
+    DynamicsRecorder,
+    ScoreAccumulator,
+    ScoringConfig,
+    SelectionConfig,
+    select_ccs,
+)
+from raysys.training.datasets import LabelledArrays
+from raysys.training.kgt import KGT, DataDescription, KGTConfig, NoFreezing
+from raysys.training.kgt.config import resolve
+from raysys.training.kgt.loop import Recipe, TrainData, TrainLoop
+from raysys.training.kgt.models import ResNet, resnet1d, resnet20
+from raysys.training.kgt.plan import parse
+
+_BATCH = 64
+_STEPS = 2
+_CORESET_SHARE = 0.3
+_SCORING_EPOCHS = 4
+
+
+def step_times(last_unit: str, repeats: int) -> tuple[list[float], list[float]]:
+    """CPU seconds per ResNet-20 step: full, and with everything up to ``last_unit`` cached."""
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.standard_normal((2 * _BATCH, 1, 28, 28)).astype(np.float32))
+    y = torch.from_numpy(rng.integers(0, 10, 2 * _BATCH))
+    ids = np.arange(len(y))
+    sessions = {}
+    for name in ("full", "frozen"):
+        torch.manual_seed(0)
+        model = resnet20().train()
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+        config = KGTConfig(modules=16, cache=tasks.cached())
+        described = DataDescription(ids=ids, fingerprint="step-times")
+        kgt = KGT(
+            model,
+            optimizer,
+            config,
+            example=(x[:_BATCH],),
+            total_steps=10_000,
+            data=described,
+            control=NoFreezing(),
+        )
+        sessions[name] = kgt
+    frozen = sessions["frozen"]
+    upto = 1 + next(i for i, m in enumerate(frozen.plan.modules) if last_unit in m.units)
+    frozen.apply(upto)
+    spent: dict[str, list[float]] = {"full": [], "frozen": []}
+    for name, kgt in sessions.items():
+        _steps(kgt, x, y, ids, 6 if name == "frozen" else 2)  # warm up, fill the cache
+    for _ in range(repeats):
+        for name, kgt in sessions.items():
+            spent[name].append(_steps(kgt, x, y, ids, _STEPS))
+    for kgt in sessions.values():
+        kgt.close()
+    return spent["full"], spent["frozen"]
+
+
+def _steps(kgt: KGT, x: torch.Tensor, y: torch.Tensor, ids: np.ndarray, count: int) -> float:
+    start = time.process_time()
+    for step in range(count):
+        rows = slice(_BATCH * (step % 2), _BATCH * (step % 2) + _BATCH)
+        loss = functional.cross_entropy(kgt(x[rows], ids=ids[rows]), y[rows])
+        torch.autograd.backward(loss)
+        kgt.optimizer.step()
+        kgt.step(loss)
+        kgt.optimizer.zero_grad()
+    return (time.process_time() - start) / count
+
+
+class _TimedControl:
+    """Passes calls on and keeps the longest."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.longest = 0.0
+        self.needs_gradients = False
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.inner, name)
+
+        def timed(*args: Any) -> Any:
+            start = time.perf_counter()
+            result = method(*args)
+            self.longest = max(self.longest, time.perf_counter() - start)
+            return result
+
+        return timed
+
+
+def stopped_controller(seconds: float) -> tuple[list[float], list[float], float]:
+    """Step wall times with the controller process stopped and with it running, by turns.
+
+    Returns:
+        Steps while stopped, steps while running, the longest call into the control meanwhile.
+    """
+    import ray
+
+    torch.set_num_threads(1)
+    with Session.start(SessionConfig(address="local", num_cpus=4, object_store_mb=128)):
+        split = datasets.mnist1d(2000, 100)
+        data = tasks.train_data(split.train)
+        config = KGTConfig(window=3, every=10, reference="fp32", modules=16)
+        model = resnet1d()
+        plan = parse(model, (data.x[:_BATCH],), modules=16)
+        steps = 1_000_000
+        remote = start_remote_control(resolve(config, steps, len(plan)), model, plan, steps)
+        control = _TimedControl(remote)
+        recipe = Recipe(epochs=steps // 31, batch_size=_BATCH, schedule="constant", lr=0.01)
+        loop = TrainLoop(model, data, recipe, config, plan=plan, control=lambda p, s: control)
+        pid = ray.get(remote._controller.health.remote())["pid"]
+        loop.run(until=60)
+        control.longest = 0.0
+        stopped: list[float] = []
+        running: list[float] = []
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            _time_steps(loop, seconds, stopped)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        _time_steps(loop, seconds, running)
+        loop.close()
+    return stopped, running, control.longest
+
+
+def _time_steps(loop: TrainLoop, seconds: float, into: list[float]) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        loop.run(until=loop.step + 1)
+        into.append(time.perf_counter() - start)
+
+
+def resume_runs(kills: int) -> list[dict[str, Any]]:
+    """Kill training processes (SIGKILL) before and after a switch, resume, compare weights."""
+    rows = []
+    rng = np.random.default_rng(0)
+    for optimizer in ("sgd", "adamw"):
+        whole = _resumable(optimizer)
+        whole.run()
+        applied = whole.kgt.freezer.upto
+        weights = {k: v.clone() for k, v in whole.model.state_dict().items()}
+        whole.close()
+        for index in range(kills):
+            low, high = (5, 60) if index % 2 == 0 else (60, whole.total_steps - 5)
+            step = int(rng.integers(low, high))
+            signalled, resumed = _killed_and_resumed(optimizer, step)
+            same = all(torch.equal(weights[k], v) for k, v in resumed.model.state_dict().items())
+            rows.append(
+                {
+                    "optimizer": optimizer,
+                    "killed_at_step": step,
+                    "killed_by_signal": signalled,
+                    "frozen_at_end": applied,
+                    "identical": same and signalled == signal.SIGKILL,
+                }
+            )
+            resumed.close()
+    return rows
+
+
+def _resumable(optimizer: str, folder: str = "") -> TrainLoop:
+    torch.set_num_threads(1)
+    torch.manual_seed(3)
+    split = datasets.digits()
+    options = KGTConfig(
+        window=2, every=4, bootstrap_rate=0.5, reference="fp32", coef=0.5, modules=16,
+        cache=dataclasses.replace(tasks.cached(), directory=folder or tempfile.mkdtemp()),
+    )  # fmt: skip
+    recipe = Recipe(
+        epochs=8, batch_size=64, optimizer=optimizer, lr=0.02 if optimizer == "sgd" else 0.002
+    )
+    network = ResNet(10, widths=(8, 8, 16))
+    signature = [["stem.0"], ["stem.1"], ["blocks.0"], ["blocks.1"], ["blocks.2"], ["head"]]
+    return TrainLoop(network, tasks.train_data(split.train), recipe, options, signature=signature)
+
+
+def _killed_and_resumed(optimizer: str, step: int) -> tuple[int, TrainLoop]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "state.pt"
+        child = os.fork()
+        if child == 0:
+            _train_and_die(optimizer, step, path, folder)
+        _, status = os.waitpid(child, 0)
+        loop = _resumable(optimizer, folder)
+        loop.load_state_dict(torch.load(path, weights_only=False))
+        loop.run()
+    return os.WTERMSIG(status), loop
+
+
+def _train_and_die(optimizer: str, step: int, path: Path, folder: str) -> None:
+    """In the child: checkpoint every seven steps, die at ``step``; never returns."""
+    loop = _resumable(optimizer, folder)
+
+    def on_step() -> None:
+        if loop.step % 7 == 0 or loop.step == 1:
+            torch.save(loop.state_dict(), path.with_suffix(".part"))
+            path.with_suffix(".part").replace(path)
+        if loop.step >= step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    loop.run(on_step=on_step)
+    os._exit(1)
+
+
+def coreset_runs(profile: Profile) -> list[dict[str, Any]]:
+    """Vanilla on all examples against KGT with cache on a CCS coreset, same number of epochs."""
+    task = tasks.mnist1d(profile, "step")
+    rows = []
+    for seed in range(300, 300 + profile.pick(1, 3)):
+        coreset, scoring_s = ccs_coreset(task, seed)
+        smaller = dataclasses.replace(task, split=dataclasses.replace(task.split, train=coreset))
+        every = max(2, round(12 * _CORESET_SHARE))
+        methods: dict[str, tasks.Method] = {"vanilla": tasks.vanilla}
+        whole = tasks.side_by_side(task, methods, seed)["vanilla"]
+        few = tasks.side_by_side(
+            smaller, {"vanilla": tasks.vanilla, "kgt": tasks.kgt(True, every=every)}, seed
+        )
+        rows.append(
+            {
+                "seed": seed,
+                "cpu_ratio": few["kgt"].cpu_s / whole.cpu_s,
+                "cpu_ratio_coreset_alone": few["vanilla"].cpu_s / whole.cpu_s,
+                "scoring_cpu_ratio": scoring_s / whole.cpu_s,
+                "vanilla_points": 100 * whole.accuracy,
+                "coreset_points": 100 * few["vanilla"].accuracy,
+                "coreset_kgt_points": 100 * few["kgt"].accuracy,
+                "hit_rate": few["kgt"].hit_rate,
+            }
+        )
+    return rows
+
+
+def ccs_coreset(task: tasks.Task, seed: int) -> tuple[LabelledArrays, float]:
+    """A CCS coreset of 30 % by AUM of a short scoring run; also that run's CPU seconds."""
+    start = time.process_time()
+    train = task.split.train
+    accumulator = ScoreAccumulator(train.ids, ScoringConfig(classes=train.classes))
+    recorder = DynamicsRecorder(accumulator.add)
+    torch.manual_seed(seed)
+    recipe = dataclasses.replace(task.recipe, epochs=_SCORING_EPOCHS, seed=seed)
+    loop = _Recorded(task.network(), tasks.train_data(train), recipe, recorder)
+    loop.train()
+    recorder.flush()
+    keep = round(_CORESET_SHARE * len(train))
+    config = SelectionConfig(beta=0.1, class_balanced=True, relax_beta=True, seed=seed)
+    chosen = select_ccs(accumulator.table(train.y), keep, config)
+    rows = np.flatnonzero(np.isin(train.ids, chosen.sample.ids))
+    picked = train.take(rows)
+    return picked, time.process_time() - start
+
+
+class _Recorded:
+    """A short plain training run whose logits are recorded."""
+
+    def __init__(
+        self, model: torch.nn.Module, data: TrainData, recipe: Recipe, recorder: DynamicsRecorder
+    ) -> None:
+        self.model, self.data, self.recipe, self.recorder = model.train(), data, recipe, recorder
+
+    def train(self) -> None:
+        """Train with SGD at the recipe's first rate."""
+        optimizer = torch.optim.SGD(
+            self.model.parameters(), self.recipe.lr, momentum=0.9, nesterov=True
+        )
+        rng = np.random.default_rng(self.recipe.seed)
+        for epoch in range(self.recipe.epochs):
+            self.recorder.start_epoch(epoch)
+            order = rng.permutation(len(self.data.y))
+            for at in range(0, len(order), self.recipe.batch_size):
+                rows = torch.from_numpy(order[at : at + self.recipe.batch_size])
+                logits = self.model(self.data.x[rows])
+                loss = functional.cross_entropy(logits, self.data.y[rows])
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                optimizer.step()
+                self.recorder.record(self.data.ids[rows.numpy()], logits, self.data.y[rows])
+
+
+__all__ = ["coreset_runs", "resume_runs", "step_times", "stopped_controller"]
