@@ -13,7 +13,7 @@ import numpy as np
 
 from raysys.errors import ConfigError
 from raysys.serving.andes.gain import outlook
-from raysys.serving.andes.planner import shortage_tokens
+from raysys.serving.andes.options import shortage_tokens
 from raysys.serving.andes.scheduler import AndesConfig, AndesScheduler
 from raysys.serving.andes.simulator.engine import MAX_JUMP, SimEngine
 from raysys.serving.andes.snapshot import FloatArray, IntArray, Snapshot

@@ -187,6 +187,18 @@ def random_bursts(
     return chat_workload(f"random bursts {rate_per_s:g}/s", times, rng)
 
 
+def azure_like(rate_per_s: float, duration_s: float, seed: int) -> Workload:
+    """Generated requests with the means and medians of the Azure 2023 conversation trace.
+
+    Prompts have mean 1,155 and median 1,020 tokens, answers mean 211 and median 129.
+    """
+    rng = np.random.default_rng(seed)
+    times = _thinning(rng, duration_s, rate_per_s, lambda t: np.full(t.size, rate_per_s))
+    prompt = np.clip(rng.lognormal(np.log(1020.0), 0.5, times.size), 4, 14_000).astype(np.int64)
+    output = np.clip(rng.lognormal(np.log(129.0), 0.99, times.size), 1, 1000).astype(np.int64)
+    return workload_of("azure-like", times, prompt, output, readers(rng, times.size))
+
+
 def load_azure(path: Path, seed: int = 0) -> Workload:
     """Read a trace with columns TIMESTAMP, ContextTokens, GeneratedTokens (Azure LLM traces).
 
