@@ -102,18 +102,19 @@ class JobActor:
         self._run = None if run_uri is None else RunDirectory.open(run_uri)
         self._checkpoint_every = checkpoint_every
         self._evaluate_every = evaluate_every
-        remote = ray.remote(WorkerActor).options(num_cpus=worker_cpus, max_restarts=0)
-        parts = (data.inputs, data.targets, data.test_inputs, data.test_targets, data.population)
-        self._pool = WorkerPool(lambda: remote.remote(*parts), workers)
         self._recent: collections.deque[RoundSummary] = collections.deque(
             maxlen=KEEP_SUMMARIES + 2 * checkpoint_every
         )
+        restored = self._restore()
+        remote = ray.remote(WorkerActor).options(num_cpus=worker_cpus, max_restarts=0)
+        parts = (data.inputs, data.targets, data.test_inputs, data.test_targets, data.population)
+        self._pool = WorkerPool(lambda: remote.remote(*parts), workers)
         self._speed: dict[str, float] = {}
-        if not self._restore():
+        if not restored:
             self._calibrate()
 
     def advance(self, have: int, until: int, max_s: float = float("inf")) -> list[RoundSummary]:
-        """Run rounds up to number ``until``, but stop after ``max_s`` seconds.
+        """Run rounds up to number ``until``, but at least one and no more than ``max_s``.
 
         Safe to repeat: a round that is already done is not run again, and its summary is returned
         as long as it is one of the last few.
@@ -127,8 +128,10 @@ class JobActor:
         """
         begin = time.monotonic()
         summaries = [s for s in self._recent if s.round_id >= have]
-        while self._job.round_id < until and time.monotonic() - begin < max_s:
+        while self._job.round_id < until:
             summaries.append(self._round(last=self._job.round_id + 1 == until))
+            if time.monotonic() - begin >= max_s:
+                break
         return [s for s in summaries if s.round_id >= have]
 
     def weights(self, model_id: int = 0) -> FlatWeights:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import scipy.sparse
 
 from raysys.federated.core.randomness import KeyedStreams, Purpose
 
@@ -28,6 +27,8 @@ def sketch_rows(delta_kP: Float32Array, dim: int, density: int, seed: int) -> Fl
 @functools.lru_cache(maxsize=4)
 def _projection(n_params: int, dim: int, density: int, seed: int) -> Any:
     """Sparse [dim, P] with ``density`` entries of +-1/sqrt(density) in each column."""
+    import scipy.sparse  # half a second of import that most workers never need
+
     raw = KeyedStreams(seed, Purpose.SKETCH).raw(n_params, n_params * density)
     target = ((raw >> np.uint64(1)) % np.uint64(dim)).astype(np.int32)
     sign = np.where(raw & np.uint64(1), 1.0, -1.0).astype(np.float32) / np.sqrt(np.float32(density))
