@@ -218,28 +218,34 @@ class CoresetSampler:
             raise ConfigError("rank", rank, f"a rank in [0, {world})")
         self._size, self._seed, self._shuffle = size, seed, shuffle
         self._rank, self._world = rank, world
-        self._epoch, self._given = 0, 0
+        self._epoch, self._start, self._given = 0, 0, 0
 
     def __len__(self) -> int:
-        return (self._size + self._world - 1) // self._world
+        """Examples that this rank takes in a whole epoch."""
+        return self._share(0)
+
+    def _share(self, start: int) -> int:
+        return (self._size - start + self._world - 1) // self._world
 
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch from its start."""
-        self._epoch, self._given = epoch, 0
+        self._epoch, self._start, self._given = epoch, 0, 0
 
     def __iter__(self) -> Iterator[int]:
         order: Sequence[int] = range(self._size)
         if self._shuffle:
             rng = np.random.default_rng([self._seed, self._epoch])
             order = rng.permutation(self._size).tolist()
-        while self._given < len(self):
-            place = (self._given * self._world + self._rank) % self._size
+        while self._given < self._share(self._start):
+            place = (self._start + self._given * self._world + self._rank) % self._size
             self._given += 1
             yield order[place]
-        self._epoch, self._given = self._epoch + 1, 0
+        self.set_epoch(self._epoch + 1)
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self._epoch, "consumed": self._given * self._world, "seed": self._seed}
+        """Place in the epoch, counted over all ranks; each rank's is the same at a step's end."""
+        consumed = self._start + self._given * self._world
+        return {"epoch": self._epoch, "consumed": consumed, "seed": self._seed}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Resume; another world size goes on after what all ranks together had consumed.
@@ -249,5 +255,5 @@ class CoresetSampler:
         """
         if state["seed"] != self._seed:
             raise ConfigError("seed", state["seed"], f"the sampler's seed {self._seed}")
-        self._epoch = int(state["epoch"])
-        self._given = -(-int(state["consumed"]) // self._world)
+        self._epoch, self._given = int(state["epoch"]), 0
+        self._start = min(int(state["consumed"]), self._size)
