@@ -60,6 +60,32 @@ def pack(
     return np.concatenate(taken) if taken else np.empty(0, dtype=np.int64)
 
 
+def greedy_pack(
+    value: FloatArray,
+    weight: FloatArray,
+    batch: int,
+    room: float,
+    *,
+    per_weight: bool = True,
+    skip_misfits: bool = True,
+) -> IntArray:
+    """The best greedy packing: by value per weight and, where the count binds, two more orders.
+
+    Value per weight wastes places on small items when there are fewer places than memory, so value
+    alone and value per square root of weight are tried as well.
+    """
+    order = greedy_order(value, weight, per_weight=per_weight)
+    best = pack(order, value, weight, batch, room, skip_misfits=skip_misfits)
+    if not per_weight or best.size < batch or best.size == int((value > 0.0).sum()):
+        return best
+    for key in (value, value / np.sqrt(weight)):
+        order = np.argsort(-key, kind="stable")
+        other = pack(order, value, weight, batch, room, skip_misfits=skip_misfits)
+        if value[other].sum() > value[best].sum():
+            best = other
+    return best
+
+
 def exact_pack(value: FloatArray, weight: IntArray, batch: int, room: int) -> BoolArray:
     """Dynamic programming over items, count and memory: O(N B M) time and memory.
 

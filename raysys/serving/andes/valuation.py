@@ -19,7 +19,7 @@ from raysys.serving.andes.gain import Outlook, buffer_s, outlook, ratio, served_
 from raysys.serving.andes.models import RestoreModel, StepTime
 from raysys.serving.andes.objectives import OBJECTIVE_VALUES
 from raysys.serving.andes.options import PlannerConfig
-from raysys.serving.andes.packing import exact_pack, greedy_order, pack
+from raysys.serving.andes.packing import exact_pack, greedy_pack
 from raysys.serving.andes.snapshot import BoolArray, FloatArray, IntArray, Mode, Snapshot
 
 
@@ -91,7 +91,8 @@ class Valuation:
         least = int(sizes_B[fast][-1]) if fast.any() else 1
         protected = int((s.running & ~self.victim_N).sum())
         least = min(max(least, protected, 1), most)
-        count = min(self.config.batch_candidates, most - least + 1)
+        affordable = max(3, 20_000 // max(1, s.size))  # a plan stays within milliseconds
+        count = min(self.config.batch_candidates, affordable, most - least + 1)
         return np.unique(np.linspace(least, most, count).round().astype(np.int64))
 
     def best_batch(self) -> tuple[int, FloatArray, FloatArray]:
@@ -123,9 +124,15 @@ class Valuation:
             unit = max(1.0, self.snapshot.capacity_tokens / 512.0)
             size_N = np.ceil(self.size_N / unit).astype(np.int64)
             return np.flatnonzero(exact_pack(value_N, size_N, batch, int(room / unit)))
-        order = greedy_order(value_N, self.size_N, per_weight=self.config.per_length)
-        skip = self.config.skip_misfits
-        return pack(order, value_N, self.size_N, batch, room, skip_misfits=skip)
+        config = self.config
+        return greedy_pack(
+            value_N,
+            self.size_N,
+            batch,
+            room,
+            per_weight=config.per_length,
+            skip_misfits=config.skip_misfits,
+        )
 
     def start_delay(self, latency_W1: npt.ArrayLike) -> FloatArray:
         """(W, N) stall before a request's first step: its own restore and the extra steps."""
