@@ -1,6 +1,6 @@
 """Regenerate the protocol code in this folder from the ``.proto`` files.
 
-``python -m actors.proto.generate`` writes it in place; a test regenerates it elsewhere and compares.
+``python -m actors.proto.generate`` writes it in place; a test makes it elsewhere and compares.
 """
 
 from __future__ import annotations

@@ -60,18 +60,14 @@ class JobClient(_Client):
         self.job_id = job_id
         self._stub = rpc.JobPlaneStub(self._channel)
 
-    async def register(
-        self, requirement: Mapping[str, float], rounds: int = 0, **more: Any
-    ) -> Any:
+    async def register(self, requirement: Mapping[str, float], rounds: int = 0, **more: Any) -> Any:
         """Register the job; the same job may register again after a crash."""
         spec = pb.JobSpec(job_id=self.job_id, requirement=dict(requirement), rounds=rounds, **more)
         return await self._call(self._stub.Register, spec)
 
     async def open_round(self, demand: int, deadline_s: float, **more: Any) -> Any:
         """Ask for ``demand`` devices; returns the ticket with the round's id."""
-        request = pb.RoundRequest(
-            job_id=self.job_id, demand=demand, deadline_s=deadline_s, **more
-        )
+        request = pb.RoundRequest(job_id=self.job_id, demand=demand, deadline_s=deadline_s, **more)
         return await self._call(self._stub.OpenRound, request)
 
     async def add_demand(self, round_id: int, devices: int) -> Any:

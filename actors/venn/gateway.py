@@ -1,7 +1,7 @@
 """A device gateway: an asyncio gRPC server around :class:`GatewayCore`.
 
-Follows the scheduler's plan feed, reports usage every interval, and keeps serving from the last plan
-and its credits while the scheduler is away.
+Follows the scheduler's plan feed, reports usage every interval, and keeps serving from the last
+plan and its credits while the scheduler is away.
 """
 
 from __future__ import annotations
@@ -163,6 +163,8 @@ class GatewayServer(rpc.DeviceGatewayServicer):  # type: ignore[misc]
             try:
                 stream = stub.Watch(reference, metadata=metadata(self._security))
                 async for message in stream:
+                    if not self._planned.is_set():
+                        self.core.heard(self._clock())
                     self.core.adopt(wire.plan_from_message(message, self._clock()))
                     self._planned.set()
             except grpc.aio.AioRpcError:
@@ -192,11 +194,17 @@ class GatewayServer(rpc.DeviceGatewayServicer):  # type: ignore[misc]
         )
         for round_id, spent, done, failed, limit, version in changed:
             message.rounds.add(
-                round_id=round_id, spent=spent, done=done, failed=failed, limit=limit, version=version
+                round_id=round_id,
+                spent=spent,
+                done=done,
+                failed=failed,
+                limit=limit,
+                version=version,
             )
         for mask, count in self._unreported.items():
             message.checkins.add(mask=wire.mask_to_bytes(mask), count=count)
         sent, self._unreported = self._unreported, {}
+        sent_s = self._clock()
         try:
             await stub.Report(message, timeout=CALL_TIMEOUT_S, metadata=metadata(self._security))
         except grpc.aio.AioRpcError:
@@ -204,7 +212,7 @@ class GatewayServer(rpc.DeviceGatewayServicer):  # type: ignore[misc]
             for mask, count in sent.items():
                 self._unreported[mask] = self._unreported.get(mask, 0) + count
             raise
+        self.core.heard(sent_s)
         live = {row[0] for row in rows}
         kept = {key: row for key, row in self._acknowledged.items() if key in live}
         self._acknowledged = kept | {row[0]: row for row in changed}
-

@@ -17,6 +17,7 @@ from typing import Any
 
 from raysys.errors import DataError, StorageError
 from raysys.federated.venn.scheduler import SchedulerCore
+import itertools
 
 KEPT_SNAPSHOTS = 2
 
@@ -58,7 +59,9 @@ class Replica:
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
-            raise StorageError(str(folder), error.strerror or str(error), "Choose another") from error
+            raise StorageError(
+                str(folder), error.strerror or str(error), "Choose another"
+            ) from error
 
     def catch_up(self) -> int:
         """Apply what was logged since the last call; returns the number of records.
@@ -68,7 +71,7 @@ class Replica:
         """
         before = self.applied
         starts = _numbered(self.folder, "log-", ".jsonl")
-        if starts and self.applied + 1 < starts[0] or not self.applied:
+        if (starts and self.applied + 1 < starts[0]) or not self.applied:
             self._load_snapshot()
         for start in _numbered(self.folder, "log-", ".jsonl"):
             path = self.folder / f"log-{start}.jsonl"
@@ -144,7 +147,7 @@ class Journal(Replica):
             (self.folder / f"snapshot-{number}.json").unlink(missing_ok=True)
         oldest = snapshots[-KEPT_SNAPSHOTS:][0]
         segments = _numbered(self.folder, "log-", ".jsonl")
-        for start, following in zip(segments, segments[1:]):
+        for start, following in itertools.pairwise(segments):
             if following <= oldest + 1:
                 (self.folder / f"log-{start}.jsonl").unlink(missing_ok=True)
         return path

@@ -103,7 +103,10 @@ class SchedulerServer(rpc.JobPlaneServicer, rpc.PlanFeedServicer):  # type: igno
         self._alive = dict.fromkeys(self.core.state.gateways, now_s)
         await self._serve()
         self.took_over_s = time.monotonic() - started_s
-        self._tasks = [asyncio.create_task(self._plan_loop()), asyncio.create_task(self._tick_loop())]
+        self._tasks = [
+            asyncio.create_task(self._plan_loop()),
+            asyncio.create_task(self._tick_loop()),
+        ]
         self.leading.set()
 
     async def _serve(self) -> None:
@@ -293,7 +296,9 @@ class SchedulerServer(rpc.JobPlaneServicer, rpc.PlanFeedServicer):  # type: igno
     async def Report(self, request: Any, context: Any) -> Any:
         known = self.core.state.gateways.get(request.gateway)
         if known is None or known.incarnation != request.incarnation:
-            raise ConfigError("gateway", request.gateway, "a joined gateway", "Watch the plan first")
+            raise ConfigError(
+                "gateway", request.gateway, "a joined gateway", "Watch the plan first"
+            )
         self._alive[request.gateway] = time.monotonic()
         if request.rounds or request.checkins:
             self.commit(

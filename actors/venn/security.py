@@ -227,4 +227,6 @@ def _file(path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise StorageError(path, error.strerror or str(error), "Check the security section") from error
+        raise StorageError(
+            path, error.strerror or str(error), "Check the security section"
+        ) from error

@@ -25,7 +25,7 @@ def code_of(error: RaysysError) -> grpc.StatusCode:
 
 
 def typed(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """Answer errors of ours with their status; anything else is logged and says no more than that."""
+    """Answer errors of ours with their status; anything else is logged, and said to be internal."""
 
     async def call(self: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:

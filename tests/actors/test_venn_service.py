@@ -35,14 +35,14 @@ class Deployment:
 
 @asynccontextmanager
 async def deployed(
-    folder: Path, gateways: int = 1, config: ServiceConfig | None = None,
+    folder: Path,
+    gateways: int = 1,
+    config: ServiceConfig | None = None,
     device_config: GatewayConfig | None = None,
-) -> AsyncIterator[Deployment]:  # fmt: skip
+) -> AsyncIterator[Deployment]:
     scheduler = SchedulerServer(str(folder), "127.0.0.1:0", config)
     port = await scheduler.start()
-    servers = [
-        GatewayServer(f"g{i}", f"127.0.0.1:{port}", device_config) for i in range(gateways)
-    ]
+    servers = [GatewayServer(f"g{i}", f"127.0.0.1:{port}", device_config) for i in range(gateways)]
     ports = [await server.start() for server in servers]
     clients = [DeviceClient(f"127.0.0.1:{port}") for port in ports]
     try:
@@ -66,7 +66,9 @@ async def until(condition: object) -> None:
             await asyncio.sleep(0.005)
 
 
-async def drain(client: DeviceClient, start: int, wanted: int, batch: int = 50) -> list[Assignments]:
+async def drain(
+    client: DeviceClient, start: int, wanted: int, batch: int = 50
+) -> list[Assignments]:
     """Check fresh devices in until ``wanted`` of them got a task."""
     answers: list[Assignments] = []
     async with asyncio.timeout(WAIT_S):
@@ -127,7 +129,9 @@ def test_only_eligible_devices_and_retry_hints(tmp_path: Path) -> None:
             assert (weak.slots == -1).all()
             assert ((weak.retry_after_s >= 60 * 0.8) & (weak.retry_after_s <= 900 * 1.2)).all()
             both = [np.r_[columns(10)[i], columns(10, cpu=1.0)[i]] for i in range(3)]
-            await until(lambda: sum(r.limit for r in service.gateways[0].core.rounds.values()) == 10)
+            await until(
+                lambda: sum(r.limit for r in service.gateways[0].core.rounds.values()) == 10
+            )
             mixed = await service.devices[0].check_in(ids(200, 20), both)
             assert (mixed.slots[:10] >= 0).all()
             assert (mixed.slots[10:] == -1).all()
@@ -169,7 +173,7 @@ BAD_ROUNDS = [
 def test_bad_input_gets_typed_errors_and_changes_nothing(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with deployed(tmp_path) as service, service.job("job") as job:
-            with pytest.raises(RemoteError, match="FAILED_PRECONDITION.*not registered"):
+            with pytest.raises(RemoteError, match=r"FAILED_PRECONDITION.*not registered"):
                 await job.open_round(5, deadline_s=10)
             with pytest.raises(RemoteError, match=r"INVALID_ARGUMENT.*requirement\.gpu"):
                 await job.register({"gpu": 1.0})
@@ -212,7 +216,7 @@ def test_bad_batches_get_typed_errors(tmp_path: Path) -> None:
                 with pytest.raises(RemoteError, match=f"INVALID_ARGUMENT.*{field}"):
                     await device.check_in(*bad)
             other = DeviceClient(device.address, schema_version=2)
-            with pytest.raises(RemoteError, match="FAILED_PRECONDITION.*cpu, mem, os"):
+            with pytest.raises(RemoteError, match=r"FAILED_PRECONDITION.*cpu, mem, os"):
                 await other.check_in(ids(0, 2), good)
             await other.close()
             with pytest.raises(RemoteError, match="earlier incarnation"):
@@ -282,7 +286,9 @@ def test_restart_keeps_state_and_a_torn_tail_is_ignored(tmp_path: Path) -> None:
         await again.start()
         old = SchedulerServer(str(tmp_path / "other"), "127.0.0.1:0").core
         old.load(state)
-        assert again.core.state.jobs == old.state.jobs or again.core.state.jobs["job"].open is not None
+        assert (
+            again.core.state.jobs == old.state.jobs or again.core.state.jobs["job"].open is not None
+        )
         assert again.core.state.epoch == old.state.epoch + 1
         await again.close()
 

@@ -1,9 +1,9 @@
 """The starvation knob: how far a job is behind its fair share (paper, section 4.4).
 
 ``T_i = M * sd_i`` is the completion time of job i under fair sharing with M concurrent jobs, where
-``sd_i = rounds * (D_i / |S_i| + response)`` is its time alone (our estimate; the paper does not give
-one). The time usage ``t_i`` is, by our reading, the *attained* service: the time alone of the rounds
-that the job finished, at least one. Elapsed time would push long-waiting jobs further back.
+``sd_i = rounds * (D_i / |S_i| + response)`` is its time alone (our estimate; the paper gives none).
+The time usage ``t_i`` is, by our reading, the *attained* service: the time alone of the rounds that
+the job finished, at least one. Elapsed time would push long-waiting jobs further back.
 """
 
 from __future__ import annotations

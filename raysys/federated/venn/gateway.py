@@ -35,6 +35,8 @@ class GatewayConfig:
         shards, shard: devices are split by id; an id of another shard is refused. 1 accepts all.
         min_interval_s: a device may check in once per so many seconds; 0 for no limit.
         max_batch: most check-ins in one message.
+        fence_s: without a sign of the scheduler for so long, no lease is issued or prolonged: the
+            scheduler may have given this gateway up and will hand its credits to others.
         seed: of the jitter.
     """
 
@@ -42,6 +44,7 @@ class GatewayConfig:
     shard: int = 0
     min_interval_s: float = 0.0
     max_batch: int = 100_000
+    fence_s: float = 10.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -49,6 +52,7 @@ class GatewayConfig:
         check(self, "shard", 0 <= self.shard < self.shards, f"a number in [0, {self.shards})")
         check_range(self, "min_interval_s", 0)
         check_range(self, "max_batch", 1)
+        check_range(self, "fence_s", 0, low_open=True)
 
 
 @dataclass(slots=True)
@@ -113,6 +117,7 @@ class GatewayCore:
     leases: LeaseTable = field(default_factory=LeaseTable)
     counts: dict[int, int] = field(default_factory=dict)
     plan: GatewayPlan | None = None
+    heard_s: float = -np.inf
     _compiler: RequirementCompiler | None = None
     _rankings: dict[int, list[int]] = field(default_factory=dict)
     _last_seen: dict[bytes, float] = field(default_factory=dict)
@@ -140,6 +145,14 @@ class GatewayCore:
         self.plan = plan
         self._rankings = {}
 
+    def heard(self, now_s: float) -> None:
+        """The scheduler answered a message that was *sent* at ``now_s``."""
+        self.heard_s = max(self.heard_s, now_s)
+
+    def fenced(self, now_s: float) -> bool:
+        """Whether the scheduler may think this gateway dead."""
+        return now_s - self.heard_s > self.config.fence_s
+
     def check_in(self, ids: bytes, columns: Sequence[bytes], now_s: float) -> Offers:
         """Answer a batch of devices.
 
@@ -165,6 +178,8 @@ class GatewayCore:
         fresh = self._screen(devices, ids, offers, now_s)
         for index, count in enumerate(np.bincount(atom_of, minlength=len(masks)).tolist()):
             self.counts[masks[index]] = self.counts.get(masks[index], 0) + count
+        if self.fenced(now_s):
+            fresh = fresh[:0]
         chosen = self._choose(masks, atom_of[fresh])
         for place, round_id in zip(fresh.tolist(), chosen.tolist()):
             if round_id >= 0:
@@ -178,13 +193,12 @@ class GatewayCore:
         for counter in counters:
             held = self.leases.leases.get(counter)
             entry = self.rounds.get(held.round_id) if held is not None else None
-            lease = self.leases.renew(counter, now_s, entry.lease_s) if entry else None
+            live = entry is not None and not self.fenced(now_s)
+            lease = self.leases.renew(counter, now_s, entry.lease_s) if live and entry else None
             left.append(lease.expires_s - now_s if lease is not None else 0.0)
         return left
 
-    def release(
-        self, counters: Sequence[int], outcomes: Sequence[int], now_s: float
-    ) -> list[bool]:
+    def release(self, counters: Sequence[int], outcomes: Sequence[int], now_s: float) -> list[bool]:
         """End leases as done, declined or failed; False for one that is unknown or expired.
 
         Raises:
@@ -311,7 +325,7 @@ class GatewayCore:
             by_group.setdefault(item.group, []).append(item)
         if plan.yield_factor is None or not groups:
             return [item.round_id for members in by_group.values() for item in members]
-        factor = {group: plan.yield_factor for group in by_group} | {groups[0]: 1.0}
+        factor = dict.fromkeys(by_group, plan.yield_factor) | {groups[0]: 1.0}
         merged = heapq.merge(*by_group.values(), key=lambda item: item.size * factor[item.group])
         return [item.round_id for item in merged]
 

@@ -38,7 +38,7 @@ class IRSConfig:
             rounds, or their weighted geometric mean.
         blend: weight of the total under ``blend``; 0 equals ``round``, 1 equals ``total``.
         eps: starvation knob of section 4.4; 0 is pure IRS.
-        affected: count the jobs that a refusal really delays (released program), or the whole queue.
+        affected: count the jobs that a refusal really delays (released program), or all.
         yield_factor: beyond the paper: an atom's owner lets a job of another eligible group go
             first that is this many times smaller. None is the paper (never), 1 is SRSF.
     """
@@ -196,7 +196,9 @@ def _sizes(groups: Sequence[_Group]) -> dict[int, float]:
     """Demand that the order compared, by job."""
     sizes = {}
     for group in groups:
-        for request, before, after in zip(group.requests, [0.0, *group.cumulative], group.cumulative):
+        for request, before, after in zip(
+            group.requests, [0.0, *group.cumulative], group.cumulative
+        ):
             sizes[request.job] = after - before
     return sizes
 

@@ -29,7 +29,9 @@ class LeaseTable:
     swept_s: int | None = None
     issued: int = 0
 
-    def issue(self, device: bytes, round_id: int, now_s: float, lease_s: float, ends_s: float) -> Lease:
+    def issue(
+        self, device: bytes, round_id: int, now_s: float, lease_s: float, ends_s: float
+    ) -> Lease:
         """Give ``device`` a lease of ``lease_s`` seconds, at most until the round ends.
 
         Raises:
@@ -53,7 +55,7 @@ class LeaseTable:
         return lease if lease.expires_s > now_s else None
 
     def renew(self, counter: int, now_s: float, lease_s: float) -> Lease | None:
-        """Prolong a live lease from now, never past the end of its round; None if it is not live."""
+        """Prolong a live lease from now, never past its round's end; None if it is not live."""
         lease = self.leases.get(counter)
         if lease is None or lease.expires_s <= now_s:
             return None

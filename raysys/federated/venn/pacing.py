@@ -27,8 +27,6 @@ def retry_after_s(
     return float(np.clip(high_s - horizon_s, low_s, high_s))
 
 
-def jittered(
-    base_s: float, count: int, generator: np.random.Generator
-) -> npt.NDArray[np.float32]:
+def jittered(base_s: float, count: int, generator: np.random.Generator) -> npt.NDArray[np.float32]:
     """``count`` delays within 20 % of ``base_s``, so that refused devices do not return at once."""
     return (base_s * generator.uniform(1 - JITTER, 1 + JITTER, count)).astype(np.float32)

@@ -128,7 +128,7 @@ class RequirementCompiler:
         for name in self.schema.attributes:
             bounds = [dict(item.bounds).get(name, -math.inf) for item in self._bits]
             levels = sorted(set(bounds))
-            by_level = {level: 0 for level in levels}
+            by_level = dict.fromkeys(levels, 0)
             for bit, bound in enumerate(bounds):
                 by_level[bound] |= 1 << bit
             allowed = [0]

@@ -256,7 +256,7 @@ class SchedulerCore:
         if known is not None and known.incarnation == incarnation:
             return {}
         if known is not None:
-            self._bury(name, float(command["now"]))
+            self._bury(name, float(command["now"]), fence_s=0.0)
         self.state.gateways[name] = GatewayState(incarnation)
         self.state.dirty = True
         return {}
@@ -292,6 +292,8 @@ class SchedulerCore:
             return None
         grant = job.open.grants.get(name)
         if grant is None:
+            if not any(row[:3]):
+                return None
             raise ConfigError("usage.round_id", round_id, "a round this gateway has credits for")
         trial = dataclasses.replace(grant)
         trial.confirm(*row)
@@ -323,8 +325,12 @@ class SchedulerCore:
             self.state.masks = sorted([*self.state.masks, *new])
             self.state.dirty = True
 
-    def _bury(self, name: str, now_s: float) -> None:
-        """A gateway died: what it may have assigned stays charged until the leases run out."""
+    def _bury(self, name: str, now_s: float, fence_s: float) -> None:
+        """A gateway died: what it may have assigned stays charged until the leases run out.
+
+        A silent one may live behind a broken link and assign until its fence; a new incarnation
+        under its name proves that it does not.
+        """
         self.state.gateways.pop(name, None)
         for job in self._rounds.values():
             opened = job.open
@@ -336,7 +342,7 @@ class SchedulerCore:
             unknown = grant.ceiling - grant.spent
             live = grant.spent - grant.done - grant.failed
             opened.lost += unknown
-            back_s = now_s + self.config.report_interval_s + opened.lease_s
+            back_s = now_s + self.config.report_interval_s + opened.lease_s + fence_s
             opened.returns.append((back_s, unknown, live))
         self.state.dirty = True
 
@@ -351,7 +357,7 @@ class SchedulerCore:
         now_s = float(command["now"])
         for name in command.get("dead", ()):
             if name in self.state.gateways:
-                self._bury(name, now_s)
+                self._bury(name, now_s, self.config.fence_s)
         for job in list(self.state.jobs.values()):
             if self._gone(job, now_s):
                 self._remove(job, "silent or too old")
@@ -481,9 +487,7 @@ class SchedulerCore:
                 {"requirement": dict(item.bounds), "rate": view.group_rates[group]}
                 for group, item in enumerate(self.state.requirements)
             ],
-            "atoms": [
-                {"mask": mask, "rate": rate} for mask, rate in zip(view.masks, view.rates)
-            ],
+            "atoms": [{"mask": mask, "rate": rate} for mask, rate in zip(view.masks, view.rates)],
             "jobs": jobs,
         }
 
@@ -535,7 +539,9 @@ class SchedulerCore:
         job = self._job(command)
         if job.open is None or job.open.round_id != int(command["round_id"]):
             reason = "it is not this job's open round"
-            raise InfeasibleError(f"round {command['round_id']}", reason, "It may be closed already")
+            raise InfeasibleError(
+                f"round {command['round_id']}", reason, "It may be closed already"
+            )
         return job, job.open
 
     def _index(self) -> None:
@@ -575,5 +581,3 @@ _OPERATIONS: dict[str, Callable[[SchedulerCore, Command], Reply]] = {
     "plan": SchedulerCore._plan,
     "lead": SchedulerCore._lead,
 }
-
-

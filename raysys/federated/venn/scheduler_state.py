@@ -22,6 +22,8 @@ class ServiceConfig:
         eps: starvation knob of the IRS policies.
         report_interval_s: gateways report this often.
         gateway_timeout_s: a gateway silent for so long is dead.
+        fence_s: a gateway that hears nothing stops by itself after this time (the same value in
+            :class:`~raysys.federated.venn.gateway.GatewayConfig`).
         job_max_silent_s, job_max_life_s: a job silent or alive for longer is removed.
         max_demand: largest demand of one round.
         low_retry_s, high_retry_s: bounds of pace steering.
@@ -33,6 +35,7 @@ class ServiceConfig:
     eps: float = 0.0
     report_interval_s: float = 0.1
     gateway_timeout_s: float = 3.0
+    fence_s: float = 10.0
     job_max_silent_s: float = 1800.0
     job_max_life_s: float = 7 * 86_400.0
     max_demand: int = 10_000_000
@@ -43,6 +46,7 @@ class ServiceConfig:
         check_range(self, "eps", 0)
         check_range(self, "report_interval_s", 0, low_open=True)
         check_range(self, "gateway_timeout_s", self.report_interval_s, low_open=True)
+        check_range(self, "fence_s", 0, low_open=True)
         check_range(self, "job_max_silent_s", 0, low_open=True)
         check_range(self, "job_max_life_s", 0, low_open=True)
         check_range(self, "max_demand", 1)

@@ -1,7 +1,7 @@
 """Algorithm 2, tier matching: when to restrict a round to devices of one speed class.
 
-Paper, section 4.3 and listing 2. A tier costs a ``V``-fold wait for devices and shrinks the response
-time to ``g_u``; the head request of a group is restricted iff ``V + g_u c < 1 + c`` with
+Paper, section 4.3 and listing 2. A tier costs a ``V``-fold wait for devices and shrinks the
+response time to ``g_u``; the head request of a group is restricted iff ``V + g_u c < 1 + c`` with
 ``c = T_resp / T_sched`` from its earlier rounds. Tiers are learned per job from the devices of its
 earlier unrestricted rounds.
 

@@ -134,9 +134,7 @@ def test_filled_requests_leave_the_plan() -> None:
 def problems(draw: st.DrawFn) -> tuple[list[Request], SupplyView]:
     groups = draw(st.integers(1, 6))
     atoms = draw(st.lists(st.integers(0, 2**groups - 1), min_size=1, max_size=12, unique=True))
-    rates = draw(
-        st.lists(st.floats(0, 100), min_size=len(atoms), max_size=len(atoms))
-    )
+    rates = draw(st.lists(st.floats(0, 100), min_size=len(atoms), max_size=len(atoms)))
     size = st.tuples(st.integers(0, groups - 1), st.integers(0, 50), st.floats(0, 1000))
     raw = draw(st.lists(size, max_size=25))
     requests = [
@@ -167,9 +165,7 @@ def test_plan_properties(
     again = IRS(config).plan(shuffled, view, 0)
     for atom, mask in enumerate(view.masks):
         ranked = [item.job for item in plan.ranking(atom)]
-        eligible = {
-            item.job for item in requests if item.remaining and mask >> item.group & 1
-        }
+        eligible = {item.job for item in requests if item.remaining and mask >> item.group & 1}
         assert set(ranked) == eligible  # nobody eligible is left out, nobody else is let in
         assert len(ranked) == len(eligible)
         assert ranked == [item.job for item in again.ranking(atom)]
@@ -179,8 +175,12 @@ def test_plan_properties(
 def test_numpy_order_equals_python_order() -> None:
     generator = np.random.default_rng(0)
     requests = [
-        request(job, int(generator.integers(3)), int(generator.integers(1, 9)),
-                opened_s=float(generator.integers(4)))  # fmt: skip
+        request(
+            job,
+            int(generator.integers(3)),
+            int(generator.integers(1, 9)),
+            opened_s=float(generator.integers(4)),
+        )
         for job in range(600)
     ]
     view = SupplyView.build((1, 3, 7), (1.0, 1.0, 1.0), 3)

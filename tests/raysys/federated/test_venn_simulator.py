@@ -92,7 +92,7 @@ def test_both_agree_with_tier_matching(classes: int) -> None:
         trace = small_trace(seed, classes=12)
         config = SimConfig(repeats=40, seed=seed)
 
-        def policy() -> Policy:
+        def policy(seed: int = seed) -> Policy:
             return TieredPolicy.of(IRS(), tiers=classes, classes=12, seed=seed)
 
         fast = simulate(trace, small_jobs(seed), policy(), config)
@@ -129,7 +129,9 @@ def one_stream(times: list[float], online_s: float = 1e6) -> Trace:
 
 def test_one_round_by_hand() -> None:
     job = SimJob(group=0, participants=4, rounds=1, arrival_s=10, work_s=30, comm_s=10)
-    result = simulate(one_stream([5, 12, 20, 33, 41, 60]), [job], baselines.fifo(), SimConfig(delay_s=0))
+    result = simulate(
+        one_stream([5, 12, 20, 33, 41, 60]), [job], baselines.fifo(), SimConfig(delay_s=0)
+    )
     # Devices at 12, 20, 33, 41; ceil(0.8 * 4) = 4 answers, the last at 41 + 30 + 2 * 10.
     assert result.jobs[0].finish_s == 91
     assert result.jobs[0].queueing_s == 31
@@ -139,7 +141,9 @@ def test_one_round_by_hand() -> None:
 
 def test_abort_and_restart_by_hand() -> None:
     job = SimJob(group=0, participants=2, rounds=1, deadline_s=120)
-    result = simulate(one_stream([10, 150, 160, 170]), [job], baselines.fifo(), SimConfig(delay_s=0))
+    result = simulate(
+        one_stream([10, 150, 160, 170]), [job], baselines.fifo(), SimConfig(delay_s=0)
+    )
     # The first attempt ends at 120 with one device, the second takes 150 and 160.
     assert result.jobs[0].aborted == 1
     assert result.jobs[0].finish_s == 160 + 50
@@ -147,8 +151,9 @@ def test_abort_and_restart_by_hand() -> None:
 
 def test_devices_that_go_offline_do_not_answer() -> None:
     trace = one_stream([10, 20], online_s=40.0)
-    result = simulate(trace, [SimJob(group=0, participants=2, rounds=1)], baselines.fifo(),
-                      SimConfig(repeats=3))  # fmt: skip
+    result = simulate(
+        trace, [SimJob(group=0, participants=2, rounds=1)], baselines.fifo(), SimConfig(repeats=3)
+    )
     assert not result.finished
     assert result.jobs[0].failed == result.jobs[0].assigned > 0
     with pytest.raises(InfeasibleError, match="did not finish"):

@@ -86,7 +86,9 @@ class _Engine:
             self._handle(world.runs[index], kind, time_s, position)
         return world.result(position)
 
-    def _push(self, time_s: float, phase: int, order: int, index: int, kind: int, mark: int) -> None:
+    def _push(
+        self, time_s: float, phase: int, order: int, index: int, kind: int, mark: int
+    ) -> None:
         heapq.heappush(self.heap, (time_s, phase, order, index, kind, mark))
 
     def _valid(self, index: int, kind: int, stamp: int) -> bool:

@@ -102,7 +102,9 @@ def generated_trace(intervals: int = 20_000, seed: int = 0) -> Trace:
     long = np.exp(generator.normal(np.log(16_200), 0.7, len(start)))
     duration = np.clip(np.where(generator.random(len(start)) < 0.7, short, long), 5, 50_400)
     fast = generator.random(len(start)) < 0.5
-    compute = np.where(fast, generator.normal(24, 5, len(start)), generator.normal(150, 25, len(start)))
+    compute = np.where(
+        fast, generator.normal(24, 5, len(start)), generator.normal(150, 25, len(start))
+    )
     bandwidth = np.exp(generator.normal(np.log(6_100), 1.1, len(start)))
     masks = np.repeat([mask for mask, _ in REAL_MASKS], [count for _, count in REAL_MASKS])
     return build_trace(
@@ -130,7 +132,8 @@ def read_columns(path: Path, names: tuple[str, ...]) -> list[Floats]:
         if missing:
             raise DataError(str(path), f"no column {missing[0]!r}", "Needed: " + ", ".join(names))
         return [
-            np.asarray(table.column(name).to_numpy(), dtype=np.float64).reshape(-1) for name in names
+            np.asarray(table.column(name).to_numpy(), dtype=np.float64).reshape(-1)
+            for name in names
         ]
     except (pyarrow.ArrowException, ValueError) as error:
         raise DataError(str(path), str(error).split("\n")[0], "Give a valid table") from error
@@ -242,4 +245,3 @@ def _population(
         parts.append((device[keep] + copy * base, moved, duration[keep]))
     columns: list[Floats] = [np.concatenate(column) for column in zip(*parts)]
     return columns[0], columns[1], columns[2]
-

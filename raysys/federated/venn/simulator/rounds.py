@@ -135,4 +135,3 @@ class Run:
 def draw_priority(seed: int, job: int, attempt: int) -> float:
     """Uniform draw of one request, independent of the order of events."""
     return float(np.random.default_rng((seed, 1, job, attempt)).random())
-

@@ -87,7 +87,8 @@ class World:
         """When the devices at these virtual positions go offline."""
         periods, rows = np.divmod(positions, len(self.trace))
         end: Floats = self.trace.start[rows] + periods * self.trace.period_s
-        return end + self.trace.online[rows]
+        end += self.trace.online[rows]
+        return end
 
     def closed(self, run: Run, now_s: float, success: bool) -> None:
         """Book the end of an attempt and tell a policy that learns from rounds."""
