@@ -30,6 +30,7 @@ from raysys.runs.manifest import Status
 
 ConfigT = TypeVar("ConfigT")
 Advance = Callable[[float], None]
+LOG_WIDTH = 130
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +48,12 @@ class Summary:
     exit_code: int = 0
 
 
+def make_console() -> Console:
+    """A console on standard error; wide enough for tables where the width is not a terminal's."""
+    console = Console(stderr=True)
+    return console if console.is_terminal else Console(stderr=True, width=LOG_WIDTH)
+
+
 class JobContext:
     """What a running job may use.
 
@@ -60,7 +67,7 @@ class JobContext:
     def __init__(self, run: RunDirectory, session: SessionConfig, *, resumed: bool) -> None:
         self.run = run
         self.resumed = resumed
-        self.console = Console(stderr=True)
+        self.console = make_console()
         self.metrics = MetricsRecorder(run)
         self._session_config = session
         self._session: Session | None = None

@@ -6,12 +6,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table as ConsoleTable
 
 from jobs.tour.stage import Row, Stage, StageResult
 from raysys.report import Cell, Section, Table, render_page
+from raysys.report.page import Tone
 
 HEADERS = ("system", "what was measured", "unit", "baseline", "ours", "ours / baseline")
+EVEN = 0.02
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,16 +48,19 @@ class Outcome:
 
 
 def console_table(outcomes: Sequence[Outcome]) -> ConsoleTable:
-    """The table that the tour prints."""
+    """The table that the tour prints; an arrow tells which direction is better."""
     table = ConsoleTable(title="raysys tour", title_justify="left")
-    for number, header in enumerate(HEADERS):
-        table.add_column(header, justify="right" if number == 5 else "left", overflow="fold")
+    for header in ("system", "what was measured", "baseline", "ours", "ratio"):
+        table.add_column(header, justify="right" if header in ("ours", "ratio") else "left")
     for outcome in outcomes:
         if outcome.result is None:
-            table.add_row(outcome.stage.title, outcome.state, "", "", "", "")
-        else:
-            for row in outcome.result.rows:
-                table.add_row(outcome.stage.title, *_texts(row))
+            table.add_row(outcome.stage.title, outcome.state)
+        for number, row in enumerate(outcome.result.rows if outcome.result else ()):
+            measure = f"{row.measure} [{row.unit}] {'↑' if row.better == 'higher' else '↓'}"
+            baseline, ours, ratio = _texts(row)[2:]
+            title = "" if number else outcome.stage.title
+            table.add_row(title, escape(measure), baseline, ours, ratio)
+        table.add_section()
     return table
 
 
@@ -73,7 +79,8 @@ def _overview(outcomes: Sequence[Outcome]) -> Table:
             reason = outcome.missing or outcome.failure
             rows.append([outcome.stage.title, Cell(text=reason, tone="muted"), "", "", "", ""])
         else:
-            rows += [[outcome.stage.title, *_cells(row)] for row in outcome.result.rows]
+            for number, row in enumerate(outcome.result.rows):
+                rows.append(["" if number else outcome.stage.title, *_cells(row)])
     return Table(headers=HEADERS, rows=rows)
 
 
@@ -114,8 +121,9 @@ def _cells(row: Row) -> list[str | Cell]:
     ]
 
 
-def _tone(row: Row) -> Any:
-    if row.ours == row.baseline:
+def _tone(row: Row) -> Tone:
+    """Colour of a ratio: none within two per cent, which repeats on a shared machine differ by."""
+    if abs(row.ours - row.baseline) <= EVEN * abs(row.baseline):
         return ""
     return "good" if (row.ours > row.baseline) == (row.better == "higher") else "bad"
 

@@ -13,7 +13,6 @@ import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, adjusted to a contrast of at least 3:1 on white and on #14171c.
@@ -36,6 +35,8 @@ _STYLE: dict[str, Any] = {
     "ytick.color": INK,
     "grid.color": GRID,
     "axes.grid": True,
+    "grid.linewidth": 0.5,
+    "grid.alpha": 0.6,
     "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -83,11 +84,6 @@ def series_color(index: int) -> str:
     return SERIES_COLORS[index % len(SERIES_COLORS)]
 
 
-def legend(axes: Axes, **options: Any) -> None:
-    """Add a legend in the theme's text colour."""
-    axes.legend(frameon=False, labelcolor=INK, **options)
-
-
 def to_svg(figure: Figure) -> str:
     """Return the figure as an ``<svg>`` element that scales with its container.
 
@@ -100,12 +96,14 @@ def to_svg(figure: Figure) -> str:
         for axes in figure.axes:
             existing = axes.get_legend()
             if existing is not None:
+                existing.set_frame_on(False)
                 for text in existing.get_texts():
                     text.set_color(INK)
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = svg.replace(INK, "currentColor").replace(GRID, "var(--grid, #9aa0a8)")
+    svg = svg.replace("#000000", "currentColor")  # a caller's plain black must show on dark too
     prefix = f"f{next(_unique)}-"
     svg = re.sub(r'id="([^"]+)"', rf'id="{prefix}\1"', svg)
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}\1"', svg)

@@ -29,7 +29,7 @@ td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .bad { color: var(--bad); font-weight: 600; }
 .muted { color: var(--soft); }
 figure { margin: 1rem 0; padding: .9rem; background: var(--panel); border-radius: 8px; }
-figure svg { display: block; width: 100%; min-width: 30rem; height: auto; max-width: 52rem; }
+figure svg { display: block; width: 100%; min-width: 26rem; height: auto; max-width: 52rem; }
 figcaption, .notes { color: var(--soft); font-size: .88rem; }
 .notes { padding-left: 1.1rem; }
 .warning { border-left: 4px solid var(--bad); padding: .5rem .8rem; background: var(--panel); }
