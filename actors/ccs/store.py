@@ -102,7 +102,7 @@ class ShardedStore:
         self._bounds, parts = split_ids(ids, shard_rows)
         restarts = max_restarts if snapshot_folder is not None else 0
         actor = ray.remote(num_cpus=0, max_restarts=restarts, max_task_retries=1)(ScoreStoreActor)
-        self._shards = [
+        self.shards = [
             actor.remote(
                 part,
                 config,
@@ -120,7 +120,12 @@ class ShardedStore:
         """
         for shard, part in route(batch, self._bounds):
             self._epoch_parts.append((shard, part))
-            self._sent.append(self._shards[shard].add.remote(part))
+            self._sent.append(self.shards[shard].add.remote(part))
+
+    def settle(self) -> None:
+        """Wait until everything sent has arrived (an epoch's end needs no call: commit waits)."""
+        sent, self._sent = self._sent, []
+        self._get(sent)
 
     def reopen(self, epoch: int) -> None:
         """Forget an epoch on all shards."""
@@ -128,7 +133,7 @@ class ShardedStore:
 
         self._sent = []
         self._epoch_parts = [item for item in self._epoch_parts if item[1].epoch != epoch]
-        ray.get([shard.reopen.remote(epoch) for shard in self._shards])
+        ray.get([shard.reopen.remote(epoch) for shard in self.shards])
 
     def commit(self, epoch: int) -> int:
         """Wait for what was sent, then apply the epoch everywhere; returns the examples visited.
@@ -139,10 +144,9 @@ class ShardedStore:
             ConfigError: what a shard rejected (unknown ids, changed labels).
             RemoteError: a shard cannot be restarted, or lost batches again.
         """
-        sent, self._sent = self._sent, []
-        self._get(sent)
+        self.settle()
         visited = 0
-        for index, shard in enumerate(self._shards):
+        for index, shard in enumerate(self.shards):
             keys = {part.key for owner, part in self._epoch_parts if owner == index}
             try:
                 visited += self._get([shard.commit.remote(epoch, len(keys))])[0]
@@ -167,7 +171,7 @@ class ShardedStore:
         """Scores of all examples, ordered by id."""
         import ray
 
-        parts: list[ScoreTable] = ray.get([shard.table.remote() for shard in self._shards])
+        parts: list[ScoreTable] = ray.get([shard.table.remote() for shard in self.shards])
         labels = [part.need_labels("the score table") for part in parts]
         scores = {
             name: np.concatenate([part.scores[name] for part in parts]) for name in parts[0].scores
@@ -180,16 +184,16 @@ class ShardedStore:
         """Health of each shard."""
         import ray
 
-        answers: list[dict[str, Any]] = ray.get([shard.health.remote() for shard in self._shards])
+        answers: list[dict[str, Any]] = ray.get([shard.health.remote() for shard in self.shards])
         return answers
 
     def close(self) -> None:
         """Stop the actors; may be called twice."""
         import ray
 
-        for shard in self._shards:
+        for shard in self.shards:
             ray.kill(shard)
-        self._shards = []
+        self.shards = []
 
 
 def split_ids(
