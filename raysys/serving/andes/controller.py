@@ -83,12 +83,12 @@ class HarmController:
     def _update(self) -> None:
         config = self.config
         if self._faults >= config.max_faults or self.plan_share > config.max_plan_share:
+            self._faults = 0  # counted anew when planning is tried again
             self._move("fcfs")
         elif self.mode == "full" and self.waste > config.max_waste:
             self._move("admission_only")
         elif self._since_s >= config.hold_s:
             if self.mode == "fcfs" and self.plan_share < 0.5 * config.max_plan_share:
-                self._faults = 0
                 self._move("admission_only")
             elif self.mode == "admission_only" and self.waste < config.resume_waste:
                 self._move("full")

@@ -215,7 +215,7 @@ class SimEngine:
         decoding = self.decoding
         if stall and self.prefilling:
             decoding = []
-        jump = 1 if self.prefilling else self._jump()
+        jump = 1 if self.prefilling or evicted else self._jump()
         slots = np.array(decoding, dtype=np.int64)
         prefill, restored, done = self._prefill(self.config.step_tokens - len(decoding))
         if not decoding and not self.prefilling:
