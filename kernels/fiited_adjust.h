@@ -1,0 +1,321 @@
+// Adjustment: histogram of scores, exact threshold with ties broken by hash, eviction and growth.
+// The same pieces serve a whole round, one slice of the continuous mode, and a round over shards.
+#pragma once
+
+#include <unordered_map>
+
+#include "fiited_core.h"
+
+namespace fiited {
+
+struct Range { u64 low = 0, high = ~u64(0); int table = -1; };
+
+// Scores E of the k chunks of a row from its utilities; true where the row has any.
+inline bool row_scores(const Store& s, const float* u, float weight, float* score) {
+  const bool prefix = s.c.layout != kChunked;
+  const float bonus = 1.0f + s.c.hysteresis;
+  float low = INFINITY;
+  u32 any = 0;
+  for (int j = 0; j < s.c.max_chunks; ++j) {
+    any |= bits_of(u[j]);
+    const float size = std::fabs(u[j]) * weight;
+    float e = std::signbit(u[j]) ? size * bonus : size;
+    if (prefix) { low = std::min(low, e); e = low; }
+    score[j] = e;
+  }
+  return any != 0;
+}
+
+inline u64 tie_of(u64 v, u16 table, u64 salt, int j) {
+  return (mix(v ^ mix(salt + table)) & ~u64(15)) | u64(15 - j);
+}
+
+inline bool equal_weights(const Store& s) {
+  for (const TableConfig& t : s.tables) if (t.weight != 1.0f) return false;
+  return true;
+}
+
+// Call f(segment, index, scores) for every row of the range with a non-zero utility or memory.
+template <class F> inline void each_scored(const Store& s, const Range& range, F f) {
+  const bool plain = equal_weights(s) && range.table < 0;
+  float score[kMaxChunks];
+  s.directory->for_range(range.low, range.high, [&](Segment& g, bool whole) {
+    const size_t n = s.directory->capacity(g);
+    const bool check = !whole || !plain;
+    for (size_t i = 0; i < n; ++i) {
+      const float* u = g.utils + i * s.c.max_chunks;
+      float weight = 1.0f;
+      if (check) {
+        if (g.tags[i] & 0x80) continue;
+        const Entry& e = g.entries[i];
+        if (e.key < range.low || e.key > range.high) continue;
+        if (range.table >= 0 && e.table != range.table) continue;
+        weight = s.tables[e.table].weight;
+      }
+      if (row_scores(s, u, weight, score)) f(g, i, u, score);
+    }
+  });
+}
+
+inline bool counted(const float* u, const float* score, int j) { return std::signbit(u[j]) || score[j] > 0; }
+
+inline void unique_queue(Store& s) {   // keep the latest estimate of a row queued more than once
+  std::vector<Candidate>& q = s.queue;
+  std::stable_sort(q.begin(), q.end(), [](const Candidate& a, const Candidate& b) {
+    return a.key != b.key ? a.key < b.key : a.table < b.table;
+  });
+  size_t n = 0;
+  for (size_t i = 0; i < q.size(); ++i) {
+    if (i + 1 < q.size() && q[i + 1].key == q[i].key && q[i + 1].table == q[i].table) continue;
+    if (!s.directory->find(q[i].key, q[i].table).entry) q[n++] = q[i];
+  }
+  q.resize(n);
+}
+
+template <class T> inline void histogram(const Store& s, const Range& range, bool with_queue, T* bins) {
+  each_scored(s, range, [&](Segment&, size_t, const float* u, const float* score) {
+    for (int j = 0; j < s.c.max_chunks; ++j)
+      if (counted(u, score, j)) bins[bits_of(score[j]) >> 16] += 1;
+  });
+  if (with_queue)
+    for (const Candidate& q : s.queue)
+      if (range.table < 0 || q.table == range.table) bins[bits_of(q.score) >> 16] += 1;
+}
+
+// All (score, tie) pairs whose score falls into one histogram bin.
+inline void collect(const Store& s, const Range& range, u32 bin, u64 salt, std::vector<std::pair<float, u64>>& out) {
+  each_scored(s, range, [&](Segment& g, size_t i, const float* u, const float* score) {
+    for (int j = 0; j < s.c.max_chunks; ++j)
+      if (counted(u, score, j) && bits_of(score[j]) >> 16 == bin)
+        out.emplace_back(score[j], tie_of(g.entries[i].key, g.entries[i].table, salt, j));
+  });
+  for (const Candidate& q : s.queue)
+    if ((range.table < 0 || q.table == range.table) && bits_of(q.score) >> 16 == bin)
+      out.emplace_back(q.score, tie_of(q.key, q.table, salt, 0));
+}
+
+// Lists the chunks that the cut wants to change; returns nothing but fills s.growers and s.victims.
+inline void plan(Store& s, const Range& range, const Cut& cut, u64 salt) {
+  each_scored(s, range, [&](Segment& g, size_t i, const float* u, const float* score) {
+    const u32 alive_bits = [&] { u32 m = 0; for (int j = 0; j < s.c.max_chunks; ++j) m |= u32(std::signbit(u[j])) << j; return m; }();
+    u32 want = 0;
+    for (int j = 0; j < s.c.max_chunks; ++j) {
+      const bool clear = score[j] > cut.score, tied = score[j] == cut.score;
+      if (clear || (tied && tie_of(g.entries[i].key, g.entries[i].table, salt, j) > cut.tie)) want |= u32(counted(u, score, j) && (score[j] > 0 || alive_bits >> j & 1)) << j;
+    }
+    if (want == alive_bits) return;
+    const Entry& e = g.entries[i];
+    const bool safe = (e.alive & kPinned) || int(u16(s.round - e.grown)) <= s.c.min_alive;
+    for (u32 m = want ^ alive_bits; m; m &= m - 1) {
+      const int j = __builtin_ctz(m);
+      const Item item{score[j], tie_of(e.key, e.table, salt, j), e.key, e.table, u16(j), false};
+      if (want >> j & 1) s.growers.push_back(item);
+      else if (!safe) s.victims.push_back(item);
+    }
+  });
+  for (const Candidate& q : s.queue) {
+    const u64 tie = tie_of(q.key, q.table, salt, 0);
+    if ((range.table < 0 || q.table == range.table) && cut.below(q.score, tie))
+      s.growers.push_back({q.score, tie, q.key, q.table, 0, true});
+  }
+}
+
+inline bool better(const Item& a, const Item& b) { return a.score != b.score ? a.score > b.score : a.tie > b.tie; }
+
+inline void keep_best(std::vector<Item>& items, size_t n) {
+  if (items.size() <= n) return;
+  std::nth_element(items.begin(), items.begin() + n, items.end(), better);
+  items.resize(n);
+}
+inline void keep_worst(std::vector<Item>& items, size_t n) {
+  if (items.size() <= n) return;
+  std::nth_element(items.begin(), items.begin() + n, items.end(), [](const Item& a, const Item& b) { return better(b, a); });
+  items.resize(n);
+}
+
+inline void by_row(std::vector<Item>& items) {
+  std::sort(items.begin(), items.end(), [](const Item& a, const Item& b) {
+    return a.key != b.key ? a.key < b.key : a.table != b.table ? a.table < b.table : a.chunk < b.chunk;
+  });
+}
+
+// Runs of items of the same row, as one bitmap each.
+template <class F> inline void each_run(const std::vector<Item>& items, F f) {
+  for (size_t i = 0; i < items.size();) {
+    size_t end = i;
+    u16 bits = 0;
+    for (; end < items.size() && items[end].key == items[i].key && items[end].table == items[i].table; ++end)
+      bits |= u16(1u << items[end].chunk);
+    f(items[i], bits);
+    i = end;
+  }
+}
+
+// Largest prefix inside a bitmap (layout B), or the bitmap itself.
+inline u16 closed(const Store& s, u16 bits) { return s.c.layout == kChunked ? bits : u16(bits & ~(bits + 1)); }
+
+// Evict s.victims, then grow s.growers, within the pool's bound. Both lists are consumed.
+inline void apply_plan(Store& s) {
+  by_row(s.victims);
+  each_run(s.victims, [&](const Item& item, u16 bits) {
+    Found f = s.directory->find(item.key, item.table);
+    if (!f.entry) return;
+    const u16 want = closed(s, u16(f.entry->alive & kAliveMask & ~bits));
+    s.set_alive(f, want, false);
+    if (!want) s.remove(f);
+  });
+  std::sort(s.growers.begin(), s.growers.end(), better);
+  i64 room = s.free_slots();
+  if (i64(s.growers.size()) > room) { s.n.refused += i64(s.growers.size()) - room; s.growers.resize(size_t(std::max<i64>(room, 0))); }
+  by_row(s.growers);
+  each_run(s.growers, [&](const Item& item, u16 bits) {
+    Found f = s.directory->find(item.key, item.table);
+    if (f.entry) s.set_alive(f, closed(s, u16((f.entry->alive | bits) & kAliveMask)), false);
+    else if (item.admit) s.admit(item.key, item.table, 1, item.score / s.tables[item.table].weight);
+  });
+  s.growers.clear();
+  s.victims.clear();
+}
+
+// How many to grow and to evict: never more than the exchange needs or the churn cap allows.
+struct Exchange { i64 grow, evict; };
+inline Exchange exchange_size(i64 alive, i64 target, i64 growers, i64 victims, i64 churn) {
+  const i64 room = std::max<i64>(0, target - alive);
+  const i64 surplus = std::max<i64>(0, alive - target);
+  const i64 swaps = std::min({std::max<i64>(0, growers - room), churn, std::max<i64>(0, victims - surplus)});
+  return {std::min(growers, surplus ? swaps : room + swaps), std::min(victims, surplus + swaps)};
+}
+
+inline i64 target_slots(const Store& s) {
+  i64 slots = s.c.slots;
+  if (s.c.budget_bytes) {   // what the index takes is not available to chunks
+    const i64 index = s.directory->mapped_bytes() + s.sketch->bytes() + 2 * s.c.page_bytes;
+    slots = std::min(slots, std::max<i64>(0, s.c.budget_bytes - index) / (i64(s.c.chunk) * 4 * (1 + s.states)));
+  }
+  return slots - i64(double(slots) * s.c.slack);
+}
+
+inline void next_round(Store& s) {
+  ++s.round;
+  s.scale /= double(s.c.gamma);
+  if (s.scale <= 0x1p60) return;
+  s.scale *= 0x1p-60;   // an exact power of two: the ranking cannot change
+  s.directory->for_each([&](Segment& g) {
+    const size_t n = s.directory->capacity(g) * s.c.max_chunks;
+    for (size_t i = 0; i < n; ++i) g.utils[i] *= 0x1p-60f;
+  });
+  s.sketch->rescale(0x1p-60f);
+  s.cut.score *= s.cut.score > 0 ? 0x1p-60f : 1.0f;
+  std::fill(s.window.begin(), s.window.end(), 0.0f);
+  s.window_weight = 0;
+}
+
+inline Cut exact_cut(const Store& s, const Range& range, i64 target, u64 salt) {
+  std::vector<i64> bins(kBins, 0);
+  histogram(s, range, true, bins.data());
+  i64 above = 0;
+  for (int b = kBins - 1; b >= 0; --b) {
+    if (above + bins[b] <= target) { above += bins[b]; continue; }
+    std::vector<std::pair<float, u64>> members;
+    members.reserve(size_t(bins[b]));
+    collect(s, range, u32(b), salt, members);
+    const size_t need = size_t(target - above);
+    std::nth_element(members.begin(), members.begin() + need, members.end(), std::greater<>());
+    return {members[need].first, members[need].second};
+  }
+  return {};
+}
+
+inline void full_round(Store& s) {
+  unique_queue(s);
+  const i64 target = target_slots(s);
+  const u64 salt = mix(s.c.seed + s.round);
+  const i64 churn = std::max<i64>(1, i64(s.c.churn_cap * double(s.c.slots)));
+  if (s.c.by_table) {
+    i64 weight = 0;
+    for (const TableConfig& t : s.tables) weight += t.dense_rows;
+    for (int t = 0; t < s.c.tables; ++t) {
+      Range range; range.table = t;
+      const i64 share = weight ? i64(double(target) * double(s.tables[t].dense_rows) / double(weight)) : target / s.c.tables;
+      plan(s, range, exact_cut(s, range, share, salt), salt);
+    }
+  } else {
+    s.cut = exact_cut(s, {}, target, salt);
+    plan(s, {}, s.cut, salt);
+  }
+  const Exchange x = exchange_size(s.alive, target, i64(s.growers.size()), i64(s.victims.size()), churn);
+  keep_best(s.growers, size_t(x.grow));
+  keep_worst(s.victims, size_t(x.evict));
+  apply_plan(s);
+  s.queue.clear();
+}
+
+// Continuous mode: one slice of the key space per step; the threshold comes from the decayed
+// histogram of the latest slices, which are random samples of the rows because keys are hashed.
+inline void slice(Store& s, i64 slices) {
+  const i64 index = s.step % slices;
+  if (index == 0 && s.step) next_round(s);
+  const u64 width = ~u64(0) / u64(slices);
+  Range range{width * u64(index), index + 1 == slices ? ~u64(0) : width * u64(index + 1) - 1, -1};
+  constexpr float keep = 0.9f;
+  for (float& bin : s.window) bin *= keep;
+  s.window_weight = s.window_weight * keep + 1.0 / double(slices);
+  histogram(s, range, false, s.window.data());
+  const i64 target = target_slots(s);
+  const double want = double(target) * s.window_weight;
+  double above = 0;
+  s.cut = {};
+  for (int b = kBins - 1; b >= 0; --b) {
+    above += s.window[b];
+    if (above > want) { s.cut = {float_of((u32(b) << 16) | 0xffff), ~u64(0)}; break; }
+  }
+  unique_queue(s);
+  const u64 salt = mix(s.c.seed + s.round);
+  plan(s, range, s.cut, salt);
+  const i64 churn = std::max<i64>(1, i64(4.0 * s.c.churn_cap * double(s.c.slots) / double(slices)));
+  const Exchange x = exchange_size(s.alive, target, i64(s.growers.size()), i64(s.victims.size()), churn);
+  keep_best(s.growers, size_t(x.grow));
+  keep_worst(s.victims, size_t(x.evict));
+  apply_plan(s);
+  s.queue.clear();
+}
+
+// Move rows out of the emptiest page of every class, up to `limit` rows; returns how many moved.
+inline i64 compact(Store& s, const Range& range, i64 limit) {
+  const int classes = s.c.layout == kSlabs ? s.c.max_chunks : 1;
+  u32 page[kMaxChunks + 1];
+  bool any = false;
+  for (int m = 1; m <= classes; ++m) {
+    page[m] = s.pool->draining(m);
+    if (page[m] != kNoSlot && !s.pool->fuller_page_exists(page[m], m)) page[m] = kNoSlot;
+    any |= page[m] != kNoSlot;
+  }
+  i64 moved = 0;
+  if (!any) return 0;
+  s.directory->for_range(range.low, range.high, [&](Segment& g, bool whole) {
+    for (size_t i = 0; i < s.directory->capacity(g) && moved < limit; ++i) {
+      if (g.tags[i] & 0x80) continue;
+      Entry& e = g.entries[i];
+      if (!whole && (e.key < range.low || e.key > range.high)) continue;
+      const int len = popcount(e.alive & kAliveMask);
+      for (int j = 0; j < (s.c.layout == kSlabs ? 1 : s.c.max_chunks); ++j) {
+        if (s.c.layout == kChunked && !(e.alive >> j & 1)) continue;
+        const int m = s.c.layout == kSlabs ? len : 1;
+        u32& slot = s.c.layout == kSlabs ? e.slot : g.refs[i * s.c.max_chunks + j];
+        if (!m || page[m] == kNoSlot || s.pool->page_of(slot) != page[m]) continue;
+        const u32 fresh = s.pool->alloc(m);
+        if (fresh == kNoSlot) continue;
+        if (s.pool->page_of(fresh) == page[m]) { s.pool->free(fresh, m); continue; }
+        std::memcpy(s.pool->at(fresh, m), s.pool->at(slot, m), size_t(m) * s.c.chunk * 4 * (1 + s.states));
+        s.pool->free(slot, m);
+        slot = fresh;
+        ++moved;
+        if (s.pool->draining(m) != page[m]) page[m] = kNoSlot;
+      }
+    }
+  });
+  if (moved) ++s.directory->version;   // weights have moved: open batches look their rows up again
+  return moved;
+}
+
+}  // namespace fiited

@@ -1,0 +1,264 @@
+// The store: directory, pool, sketch and counters, and the operations on one row.
+#pragma once
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+
+#include "fiited_directory.h"
+#include "fiited_sketch.h"
+
+namespace fiited {
+
+struct Candidate { u64 key; float score; u16 table; };
+
+struct Cut {   // a chunk is wanted iff (score, tie) > (score, tie) of the cut
+  float score = -1.0f;
+  u64 tie = 0;
+  bool below(float s, u64 t) const { return s > score || (s == score && t > tie); }
+};
+
+struct Item {   // one chunk that a round may evict or grow
+  float score;
+  u64 tie, key;
+  u16 table, chunk;
+  bool admit;
+};
+
+struct Counters {   // keep in step with raysys/training/fiited/native.py
+  i64 steps, round, rows, alive, admitted, removed, grown, evicted, refused, regret, nonfinite,
+      lookups, hits, sketch_hits, sketch_misses, pool_mapped, pool_live, directory_bytes,
+      sketch_bytes, scratch_bytes, mapped_peak, segments, probes_total, probes_max, queue, pinned;
+  double scale, cut_score, window_weight;
+};
+
+struct Row {   // a distinct row of a batch
+  u64 v;
+  Entry* e;
+  float* u;
+  float* w;      // layout B and dense: the row's contiguous weights
+  u32* refs;     // layout A
+  u32 count, start;
+  u16 table, alive;   // the bitmap as of the latest resolve
+};
+
+class Store {
+ public:
+  Config c;
+  std::vector<TableConfig> tables;
+  Memory memory;
+  std::unique_ptr<Directory> directory;
+  std::unique_ptr<Pool> pool;
+  std::unique_ptr<Sketch> sketch;
+  std::mutex mutex;
+  std::vector<Candidate> queue;
+  std::vector<float> window;          // continuous mode: decayed histogram of the latest slices
+  double window_weight = 0;
+  std::vector<u32> evicted_lately;    // signatures of rows that lost chunks, for the regret metric
+  std::vector<std::vector<u8>> registers;   // HyperLogLog of rows seen, per table
+  std::vector<Item> growers, victims;
+  Counters n{};
+  double scale = 1.0;                 // gamma^-round, renormalised by exact powers of two
+  Cut cut;
+  i64 alive = 0, pinned = 0;
+  u32 round = 0, step = 0;
+  bool frozen = false;
+  int states;
+  pid_t owner = getpid();
+  // Dense mode (the same kernels without the indirection): entries, utilities and weights by row.
+  std::vector<Entry> dense_entries;
+  std::vector<float> dense_utils;
+  float* dense_weights = nullptr;   // on huge pages, like the pool
+  i64 dense_bytes = 0;
+  std::vector<i64> dense_offset;
+
+  Store(const Config& config, const TableConfig* t) : c(config), tables(t, t + config.tables), memory(config.page_bytes) {
+    states = c.optimizer == kAdam ? 2 : c.optimizer == kAdagrad ? 1 : 0;
+    memory.limit = c.budget_bytes;
+    window.assign(kBins, 0.0f);
+    evicted_lately.assign(4096, 0);
+    registers.assign(c.tables, std::vector<u8>(4096, 0));
+  }
+  ~Store() { std::free(dense_weights); }
+
+  bool open() {
+    if (c.layout == kDense) return open_dense();
+    sketch = std::make_unique<Sketch>(c.sketch_cells);
+    if (!memory.take(sketch->bytes())) return false;
+    directory = std::make_unique<Directory>(c.max_chunks, c.layout == kChunked, c.page_bytes, &memory);
+    const int classes = c.layout == kSlabs ? c.max_chunks : 1;
+    pool = std::make_unique<Pool>(classes, c.chunk, states, c.page_bytes, c.lifo, c.poison, &memory);
+    if (c.layout == kChunked) {   // slot 0 stays all zeros and is never handed out
+      zero_slot = pool->alloc(1);
+      if (zero_slot == kNoSlot) return false;
+      std::memset(pool->at(zero_slot, 1), 0, size_t(c.chunk) * 4 * (1 + states));
+    }
+    return directory->open();
+  }
+
+  bool open_dense() {
+    i64 rows = 0;
+    for (const TableConfig& t : tables) { dense_offset.push_back(rows); rows += t.dense_rows; }
+    dense_bytes = rows * c.max_chunks * c.chunk * 4 * (1 + states);
+    constexpr i64 huge = i64(2) << 20;
+    dense_bytes = (dense_bytes + huge - 1) / huge * huge;
+    dense_weights = static_cast<float*>(std::aligned_alloc(huge, size_t(dense_bytes)));
+    if (!dense_weights) return false;
+#ifdef MADV_HUGEPAGE
+    madvise(dense_weights, size_t(dense_bytes), MADV_HUGEPAGE);
+#endif
+    dense_entries.assign(rows, Entry{});
+    dense_utils.assign(size_t(rows) * c.max_chunks, -0.0f);
+    for (int t = 0; t < c.tables; ++t)
+      for (i64 i = 0; i < tables[t].dense_rows; ++i) {
+        Entry& e = dense_entries[dense_offset[t] + i];
+        e.key = virtual_row(tables[t], u64(i));
+        e.table = u16(t);
+        e.alive = full_mask(t);
+        e.acc = c.acc0;
+        float* w = dense_row(dense_offset[t] + i);
+        for (int j = 0; j < tables[t].chunks; ++j) init_chunk(e.key, t, j, w + j * c.chunk);
+      }
+    return true;
+  }
+  float* dense_row(i64 i) const { return dense_weights + size_t(i) * c.max_chunks * c.chunk * (1 + states); }
+
+  u16 full_mask(int t) const { return u16((1u << tables[t].chunks) - 1); }
+  i64 free_slots() const { return c.slots - alive; }
+  bool roomy() const { return free_slots() * 5 > c.slots; }
+
+  void init_chunk(u64 v, int t, int j, float* out) const {
+    const int D = tables[t].chunks * c.chunk;
+    const float bound = c.init_scale / std::sqrt(float(D));
+    const u64 seed = mix(v ^ mix(c.seed + u64(t) * 0x51ed2701ull));
+    for (int i = 0; i < c.chunk; ++i) {
+      if (c.init == 0) out[i] = (2.0f * unit_uniform(seed, u32(j * c.chunk + i)) - 1.0f) * bound;
+      else if (c.init == 1) out[i] = c.init_scale;
+      else if (c.init == 2) {   // sum of four uniforms, scaled to unit variance: close to normal
+        float sum = 0;
+        for (u32 r = 0; r < 4; ++r) sum += unit_uniform(seed, u32(j * c.chunk + i) * 4 + r);
+        out[i] = (sum - 2.0f) * 1.7320508f * bound;
+      } else out[i] = 0.0f;
+    }
+  }
+
+  // Give the row exactly the chunks of `want`. New chunks are zero unless `fresh` (then random).
+  bool set_alive(Found f, u16 want, bool fresh) {
+    const u16 have = f.entry->alive & kAliveMask;
+    if (want == have) return true;
+    const bool done = c.layout == kSlabs ? move_slab(f, have, want, fresh) : swap_chunks(f, have, want, fresh);
+    if (!done) { ++n.refused; return false; }
+    const int more = popcount(want & ~have), fewer = popcount(have & ~want);
+    alive += more - fewer;
+    n.grown += more;
+    n.evicted += fewer;
+    f.entry->alive = u16((f.entry->alive & kPinned) | want);
+    ++directory->version;   // open batches hold addresses: they look their rows up again
+    for (int j = 0; j < c.max_chunks; ++j)
+      f.util[j] = want >> j & 1 ? -std::fabs(f.util[j]) : std::fabs(f.util[j]);
+    if (more) {
+      f.entry->grown = u16(round);
+      n.regret += evicted_lately[f.entry->key >> 52] == u32(f.entry->key);
+    } else evicted_lately[f.entry->key >> 52] = u32(f.entry->key);
+    return true;
+  }
+
+  Found admit(u64 v, u16 t, u16 want, float utility) {
+    Found f = directory->insert(v, t);
+    if (!f.entry) { ++n.refused; return f; }
+    f.entry->acc = c.acc0;
+    f.entry->touched = step;
+    for (int j = 0; j < tables[t].chunks; ++j) f.util[j] = utility;
+    if (!set_alive(f, want, true)) { directory->erase(f.entry); return {}; }
+    sketch->erase(v);
+    ++n.admitted;
+    return f;
+  }
+
+  void remove(Found f) {   // the caller has freed the chunks: hand the utility to the sketch
+    float best = 0;
+    for (int j = 0; j < c.max_chunks; ++j) best = std::max(best, std::fabs(f.util[j]));
+    sketch->add(f.entry->key, best, u32(mix(f.entry->key + step)));
+    directory->erase(f.entry);
+    ++n.removed;
+  }
+
+  float* chunk_at(const Row& r, int j) const {
+    return c.layout == kChunked ? pool->at(r.refs[j], 1) : r.w + j * c.chunk;
+  }
+  // Distance from a chunk's weights to its first optimizer state.
+  int state_stride(const Entry& e) const {
+    return c.layout == kChunked ? c.chunk
+         : c.layout == kDense ? c.max_chunks * c.chunk : popcount(e.alive & kAliveMask) * c.chunk;
+  }
+  void resolve(Row& r) const {
+    if (c.layout == kDense) {
+      const i64 i = i64(r.v);
+      r.e = const_cast<Entry*>(&dense_entries[i]);
+      r.u = const_cast<float*>(&dense_utils[size_t(i) * c.max_chunks]);
+      r.w = dense_row(i);
+      r.alive = r.e->alive;
+      return;
+    }
+    Found f = directory->find(r.v, r.table);
+    r.e = f.entry; r.u = f.util; r.refs = f.refs;
+    r.alive = f.entry ? f.entry->alive & kAliveMask : 0;
+    r.w = f.entry && c.layout == kSlabs ? pool->at(f.entry->slot, popcount(f.entry->alive & kAliveMask)) : nullptr;
+  }
+
+  void saw_row(u64 v, u16 t) {   // HyperLogLog over rows that were not resident when seen
+    const u64 h = mix(v ^ 0x5bd1e995u);
+    u8& reg = registers[t][h >> 52];
+    const u8 rank = u8(__builtin_clzll((h << 12) | (1ull << 11)) + 1);
+    if (rank > reg) reg = rank;
+  }
+
+  u32 zero_slot = kNoSlot;
+
+ private:
+  bool move_slab(Found f, u16 have, u16 want, bool fresh) {
+    const int from = popcount(have), to = popcount(want), C = c.chunk;
+    u32 slot = 0;
+    if (to) {
+      slot = pool->alloc(to);
+      if (slot == kNoSlot) return false;
+      float* target = pool->at(slot, to);
+      const int keep = std::min(from, to);
+      for (int s = 0; s <= states; ++s) {
+        float* part = target + size_t(s) * to * C;
+        if (keep) std::memcpy(part, pool->at(f.entry->slot, from) + size_t(s) * from * C, size_t(keep) * C * 4);
+        std::memset(part + keep * C, 0, size_t(to - keep) * C * 4);
+      }
+      for (int j = keep; fresh && j < to; ++j) init_chunk(f.entry->key, f.entry->table, j, target + j * C);
+    }
+    if (from && !pool->free(f.entry->slot, from)) return false;
+    f.entry->slot = slot;
+    return true;
+  }
+
+  bool swap_chunks(Found f, u16 have, u16 want, bool fresh) {
+    u32 got[kMaxChunks];
+    for (int j = 0; j < c.max_chunks; ++j) {
+      if (!((want & ~have) >> j & 1)) continue;
+      got[j] = pool->alloc(1);
+      if (got[j] == kNoSlot) {
+        while (j-- > 0) if ((want & ~have) >> j & 1) pool->free(got[j], 1);
+        return false;
+      }
+    }
+    for (int j = 0; j < c.max_chunks; ++j) {
+      if ((have & ~want) >> j & 1) { if (!pool->free(f.refs[j], 1)) return false; f.refs[j] = zero_slot; }
+      if (!((want & ~have) >> j & 1)) { if (!(have >> j & 1)) f.refs[j] = zero_slot; continue; }
+      f.refs[j] = got[j];
+      float* w = pool->at(got[j], 1);
+      std::memset(w, 0, size_t(c.chunk) * 4 * (1 + states));
+      if (fresh) init_chunk(f.entry->key, f.entry->table, j, w);
+    }
+    return true;
+  }
+};
+
+}  // namespace fiited
