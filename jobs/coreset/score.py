@@ -10,7 +10,9 @@ import numpy as np
 
 from jobs.coreset.source import SourceConfig
 from jobs.launcher import Job, JobContext, Summary
+from raysys.config import check_range
 from raysys.training.ccs.accumulator import ScoringConfig
+from raysys.training.ccs.convergence import ScoringStopper
 from raysys.training.ccs.dynamics import Margin
 from raysys.training.ccs.noise import combine, estimate_noise, relabel, threshold_halves
 from raysys.training.ccs.proxy import ProxyConfig, accuracies, features_of, score_run
@@ -30,6 +32,7 @@ class ScoreConfig:
         scoring: how dynamics become scores.
         margin: AUM on probabilities (``prob``, as the paper's code) or on logits.
         noise: also estimate the share of wrong labels, with two more runs.
+        settled: end the run once AUM's rank correlation between epochs exceeds this; 0 for never.
         seed: of weights and batch order.
     """
 
@@ -38,7 +41,11 @@ class ScoreConfig:
     scoring: ScoringConfig = dataclasses.field(default_factory=ScoringConfig)
     margin: Margin = "prob"
     noise: bool = False
+    settled: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_range(self, "settled", 0, 1)
 
 
 def run(config: ScoreConfig, context: JobContext) -> Summary:
@@ -66,6 +73,7 @@ def run(config: ScoreConfig, context: JobContext) -> Summary:
         "rows": len(table),
         "fingerprint": table.fingerprint(),
         "test_accuracy": first["accuracy"],
+        "rank_correlations": first["correlations"],
         "scores": {name: float(values.mean()) for name, values in table.scores.items()},
     }
     lines = [
@@ -93,10 +101,17 @@ def scoring_task(split: Split, config: ScoreConfig, fake: Any) -> dict[str, Any]
     if fake is not None:
         labels = relabel(train.ids, train.y, fake, train.classes)
         train = LabelledArrays(train.x, labels, train.ids, train.classes + 1)
+    stopper = ScoringStopper(config.settled) if config.settled > 0 else None
     net, table = score_run(
-        train, config.proxy, config.seed, scoring=config.scoring, margin=config.margin
+        train,
+        config.proxy,
+        config.seed,
+        scoring=config.scoring,
+        margin=config.margin,
+        stopper=stopper,
     )
     return {
+        "correlations": [] if stopper is None else stopper.correlations,
         "table": table,
         "accuracy": float(accuracies(net, split.test)[0]),
         "test_features": features_of(net, split.test),

@@ -190,6 +190,11 @@ class ScoreAccumulator:
         found: NDArray[np.int64] = rows
         return found
 
+    def running_aum(self) -> NDArray[np.float64]:
+        """Mean margin of each example so far, ordered by id; 0 where there was no visit."""
+        mean: NDArray[np.float64] = self._state["margin_sum"] / np.maximum(self._state["visits"], 1)
+        return mean
+
     def state_dict(self) -> dict[str, Any]:
         """Committed state; what is pending is not in it (replay the epoch)."""
         columns = {name: column.copy() for name, column in self._state.items()}

@@ -22,6 +22,7 @@ from torch.nn import functional
 from raysys.config import check, check_range
 from raysys.errors import ConfigError
 from raysys.training.ccs.accumulator import ScoreAccumulator, ScoringConfig
+from raysys.training.ccs.convergence import ScoringStopper
 from raysys.training.ccs.dynamics import Margin, final_statistics
 from raysys.training.ccs.recorder import DynamicsRecorder
 from raysys.training.ccs.table import ScoreTable
@@ -186,9 +187,14 @@ def score_run(
     *,
     scoring: ScoringConfig | None = None,
     margin: Margin = "prob",
+    stopper: ScoringStopper | None = None,
     progress: Progress | None = None,
 ) -> tuple[StackedNet, ScoreTable]:
-    """Train once on everything, recording dynamics; returns the network and the six scores."""
+    """Train once on everything, recording dynamics; returns the network and the six scores.
+
+    Args:
+        stopper: ends the run at an epoch's end once AUM's order has settled.
+    """
     net = StackedNet(data.x.shape[1:], data.classes, config.channels, [seed])
     optimizer = _optimizer(net, config)
     accumulator = ScoreAccumulator(data.ids, scoring)
@@ -212,6 +218,8 @@ def score_run(
         if place == per_epoch - 1:
             recorder.flush()
             accumulator.commit(epoch)
+            if stopper is not None and stopper.update(accumulator.running_aum()):
+                break
         if progress:
             progress(step + 1)
     by_id = np.argsort(data.ids, kind="stable")

@@ -21,6 +21,7 @@ from raysys.training.ccs.callbacks import (
     lightning_callback,
     logits_of,
 )
+from raysys.training.ccs.convergence import ScoringStopper
 from raysys.training.ccs.proxy import (
     ProxyConfig,
     StackedNet,
@@ -80,6 +81,15 @@ def test_scoring_digits_gives_six_scores_that_agree() -> None:
         assert np.corrcoef(hard, table.hardness(name))[0, 1] > 0.3
     again = score_run(split.train, QUICK, seed=1)[1]
     np.testing.assert_array_equal(again.score("aum"), table.score("aum"))
+
+
+def test_scoring_ends_early_when_the_order_has_settled() -> None:
+    train = digits().train
+    stopper = ScoringStopper(threshold=0.5)
+    steps: list[int] = []
+    score_run(train, QUICK, seed=1, stopper=stopper, progress=steps.append)
+    assert max(steps) < 60
+    assert stopper.correlations[-1] > 0.5
 
 
 def test_signals_learn_and_bad_subsets_are_refused() -> None:
