@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,21 @@ def test_importing_raysys_loads_no_runtime() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_every_system_is_held_independent() -> None:
+    """A new system must be named in the import contracts, or nothing keeps it apart."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    contracts = settings["tool"]["importlinter"]["contracts"]
+    (listed,) = [
+        contract["modules"] for contract in contracts if contract["type"] == "independence"
+    ]
+    found = {
+        f"raysys.{family}.{folder.parent.name}"
+        for family in ("serving", "training", "federated")
+        for folder in (ROOT / "raysys" / family).glob("*/__init__.py")
+    }
+    assert set(listed) == found - {"raysys.federated.core"}
 
 
 def test_no_code_outside_the_known_folders() -> None:

@@ -1,0 +1,82 @@
+"""Program of ``test_several_nodes.py``: a federated job on a cluster of four nodes, one removed.
+
+Writes result.json into the given folder: the nodes of the workers before and after, the rounds, a
+digest of the final weights with and without the loss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+
+from actors.federated.driver import FederatedRun
+from raysys.federated.core.recipe import FederatedConfig, load_data, make_population
+from raysys.runs import RunDirectory
+
+ROUNDS = 30
+LOSE_AFTER = 8
+
+
+def train(run_uri: str, on_round: Any) -> str:
+    """Train and return the digest of the final weights."""
+    config = FederatedConfig()
+    data = load_data(config.data, config.seed, None)
+    population = make_population(config, data)
+    spec = config.model.spec(data)
+    RunDirectory.create(run_uri, job="test", config={}, seeds=[], now="2026-01-01")
+    federated = FederatedRun(
+        config, data, population, spec, workers=2, run_uri=run_uri, checkpoint_every=5
+    )
+    try:
+        for summary in federated.rounds(ROUNDS):
+            on_round(summary.round_id)
+        return hashlib.sha256(federated.weights().tobytes()).hexdigest()
+    finally:
+        federated.close()
+
+
+def worker_nodes() -> list[str]:
+    """Nodes of the living worker actors."""
+    actors = ray._private.state.actors().values()
+    alive = [actor for actor in actors if actor["State"] == "ALIVE"]
+    return sorted(
+        actor["Address"]["NodeID"] for actor in alive if actor["ActorClassName"] == "WorkerActor"
+    )
+
+
+def main() -> None:
+    """Run the job twice: undisturbed, and with the node of a worker removed half-way."""
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 10**8},
+    )
+    nodes = [cluster.add_node(num_cpus=1, object_store_memory=10**8) for _ in range(3)]
+    ray.init(address=cluster.address, logging_level="error", log_to_driver=False)
+    seen: dict[str, list[str]] = {}
+    rounds: list[int] = []
+    undisturbed = train(f"{sys.argv[1]}/calm", lambda number: None)
+
+    def lose_a_node(number: int) -> None:
+        rounds.append(number)
+        if number == LOSE_AFTER:
+            seen["before"] = worker_nodes()
+            victim = next(node for node in nodes if node.node_id == seen["before"][0])
+            cluster.remove_node(victim, allow_graceful=False)
+        if number == ROUNDS - 1:
+            seen["after"] = worker_nodes()
+
+    disturbed = train(f"{sys.argv[1]}/lost", lose_a_node)
+    result = {**seen, "rounds": rounds, "undisturbed": undisturbed, "disturbed": disturbed}
+    Path(sys.argv[1], "result.json").write_text(json.dumps(result))
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()
