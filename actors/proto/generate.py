@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -20,12 +21,12 @@ def generate(target: Path) -> list[Path]:
         CapabilityError: grpcio-tools is not installed.
     """
     try:
-        from grpc_tools import protoc
+        protoc = importlib.import_module("grpc_tools.protoc")
     except ImportError as error:
         reason, remedy = "grpcio-tools is not installed", "Install the 'test' extra"
         raise CapabilityError("protocol generation", reason, remedy) from error
     root = FOLDER.parent.parent
-    include = Path(protoc.__file__).parent / "_proto"
+    include = Path(str(protoc.__file__)).parent / "_proto"
     written = []
     for proto in sorted(FOLDER.glob("*.proto")):
         name = proto.relative_to(root).as_posix()

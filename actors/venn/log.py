@@ -8,6 +8,7 @@ the process dies, however it dies, so that there are never two writers on one ho
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import zlib
@@ -17,7 +18,6 @@ from typing import Any
 
 from raysys.errors import DataError, StorageError
 from raysys.federated.venn.scheduler import SchedulerCore
-import itertools
 
 KEPT_SNAPSHOTS = 2
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 
+from actors.venn.status import DecodeInterceptor
 from raysys.config import check
 from raysys.errors import ConfigError, StorageError
 
@@ -166,10 +167,10 @@ def server_port(server: Any, address: str, config: SecurityConfig) -> int:
 def interceptors(config: SecurityConfig, clock: Callable[[], float]) -> list[Any]:
     """Interceptors of a server under this configuration."""
     if not config.token_secret:
-        return []
+        return [DecodeInterceptor()]
     revoked = Path(config.revoked) if config.revoked else None
     authority = TokenAuthority(_file(config.token_secret).strip(), revoked)
-    return [TokenInterceptor(authority, clock)]
+    return [TokenInterceptor(authority, clock), DecodeInterceptor()]
 
 
 def channel(address: str, config: SecurityConfig, limit_bytes: int = 64 * 2**20) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from raysys.errors import ConfigError, InfeasibleError, RaysysError, RemoteError
 
@@ -70,3 +71,57 @@ def remote_error(peer: str, error: grpc.aio.AioRpcError) -> RemoteError:
         "DEADLINE_EXCEEDED": "The service is overloaded or gone; try again",
     }.get(code, "")
     return RemoteError(peer, f"{code}: {error.details()}", remedy)
+
+
+class DecodeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Bytes that are no message get INVALID_ARGUMENT; gRPC itself would call it our internal error.
+
+    Unary requests only: a broken message ends a stream as gRPC does.
+    """
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], details: Any
+    ) -> Any:
+        handler = await continuation(details)
+        if handler is None or handler.request_streaming:
+            return handler
+        decode = handler.request_deserializer
+
+        def lenient(data: bytes) -> Any:
+            try:
+                return decode(data) if decode is not None else data
+            except DecodeError:
+                return _UNDECODABLE
+
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                _guard_stream(handler.unary_stream), lenient, handler.response_serializer
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            _guard(handler.unary_unary), lenient, handler.response_serializer
+        )
+
+
+_UNDECODABLE = object()
+_UNDECODABLE_TEXT = "message: expected a protocol message of this method, got other bytes"
+
+
+def _guard(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    async def call(request: Any, context: Any) -> Any:
+        if request is _UNDECODABLE:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _UNDECODABLE_TEXT)
+        return await method(request, context)
+
+    return call
+
+
+def _guard_stream(
+    method: Callable[[Any, Any], AsyncIterator[Any]],
+) -> Callable[[Any, Any], AsyncIterator[Any]]:
+    async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+        if request is _UNDECODABLE:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _UNDECODABLE_TEXT)
+        async for item in method(request, context):
+            yield item
+
+    return call

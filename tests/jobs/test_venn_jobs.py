@@ -1,0 +1,159 @@
+"""Venn's programs: processes under SIGKILL, load, live view, tour stage, on Ray, from the shell."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actors.session import Session
+from actors.venn.chaos import Chaos, ChaosConfig
+from actors.venn.client import DeviceClient, JobClient
+from actors.venn.cluster import ClusterConfig, VennCluster
+from actors.venn.log import Replica
+from actors.venn.processes import ProcessDeployment, deployment
+from actors.venn.twin import Twin
+from jobs.bench import venn as bench
+from jobs.tour.stage import StageContext
+from jobs.tour.stages.venn import STAGE
+from jobs.venn.__main__ import run as venn
+from raysys.bench import Profile
+from raysys.federated.venn.irs import IRS, IRSConfig
+from raysys.federated.venn.scheduler import SchedulerCore
+from raysys.federated.venn.simulator import SimConfig, SimJob, simulate
+from raysys.federated.venn.simulator.loaders import generated_trace
+from raysys.runs import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessDeployment]:
+    with deployment(tmp_path_factory.mktemp("venn"), gateways=2) as running:
+        yield running
+
+
+def test_kills_under_load_never_over_assign_and_the_log_replays(
+    service: ProcessDeployment,
+) -> None:
+    config = ChaosConfig(kills=3, jobs=40, open_rounds=10, demand=40, lease_s=1.0, seed=3)
+    report = asyncio.run(Chaos(service, config).run())
+    assert report.kills.total() == 3
+    assert report.over_assigned == 0
+    assert 0 < report.most_live <= config.demand
+    assert report.assigned > config.demand
+    assert report.jobs_after == config.jobs
+    folder = Path(service.schedulers[0].config["folder"])
+    first, second = Replica(folder, SchedulerCore()), Replica(folder, SchedulerCore())
+    while first.catch_up():
+        pass
+    while second.applied < first.applied:
+        assert second.catch_up() > 0
+    assert len(first.core.state.jobs) == config.jobs
+    if first.applied == second.applied:
+        assert first.core.dump() == second.core.dump()
+
+
+def test_load_and_top_from_the_command_line(
+    service: ProcessDeployment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {
+        "scheduler": service.scheduler_address,
+        "gateways": ",".join(service.gateway_addresses),
+        "load.duration_s": 2,
+        "load.processes": 2,
+        "load.batch": 200,
+        "load.rate_per_s": 10_000,
+        "load.jobs": 4,
+        "load.demand": 50,
+    }
+    words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    assert venn(["load", *words, "--run-dir", str(tmp_path / "load")]) == 0
+    result = json.loads((tmp_path / "load" / "load.json").read_text(encoding="utf-8"))
+    assert result["over_assigned"] == result["ineligible"] == result["duplicates"] == 0
+    assert result["rounds"] > 0
+    watch = ["--set", f"scheduler={service.scheduler_address}", "--set", "updates=2"]
+    pace = ["--set", "interval_s=0.05", "--run-dir", str(tmp_path / "top")]
+    assert venn(["top", *watch, *pace]) == 0
+    assert "waiting for devices" in capsys.readouterr().out
+
+
+def test_live_rounds_take_as_long_as_simulated(service: ProcessDeployment) -> None:
+    trace = generated_trace(60_000, seed=2)
+    jobs = [SimJob(group=i % 4, participants=4, rounds=3, arrival_s=60.0 * i) for i in range(4)]
+    config = SimConfig(repeats=2)
+    policy = IRS(IRSConfig(demand_scope="total", yield_factor=2.0))
+    expected = simulate(trace, jobs, policy, config).mean_jct_s()
+    gateway = service.gateway_addresses[0]
+    twin = Twin(trace, jobs, config, service.scheduler_address, gateway, speed=60.0)
+    live = asyncio.run(twin.run(limit_s=90))
+    assert np.isfinite(live).all()
+    assert twin.over_assigned == 0
+    assert 0.5 * expected < np.mean(live) < 2.0 * expected
+
+
+def test_wrong_words_and_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert venn([]) == 2
+    assert venn(["fly"]) == 2
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"s" * 32)
+    words = ["--set", f"secret={secret}", "--run-dir", str(tmp_path / "run")]
+    assert venn(["token", *words, "--set", "role=job"]) == 0
+    assert "revocation" in capsys.readouterr().out
+    assert venn(["token", *words[:2], "--set", "role=king"]) == 2
+
+
+def test_service_on_ray(ray_session: Session, tmp_path: Path) -> None:
+    cluster = VennCluster.start(ray_session, tmp_path, ClusterConfig(gateways=1))
+    try:
+
+        async def use() -> int:
+            async with JobClient(cluster.scheduler_address, "job") as job:
+                await job.register({"cpu": 7})
+                await job.open_round(3, deadline_s=60)
+                async with DeviceClient(cluster.gateway_addresses[0]) as device:
+                    given = 0
+                    for number in range(200):
+                        identities = b"".join(
+                            (10 * number + i).to_bytes(16, "big") for i in range(10)
+                        )
+                        columns = [np.full(10, 9.0, dtype=np.float32)] * 3
+                        answer = await device.check_in(identities, columns)
+                        given += int((answer.slots >= 0).sum())
+                        if given >= 3:
+                            break
+                        await asyncio.sleep(0.02)
+                return given
+
+        assert asyncio.run(use()) == 3
+        health = cluster.health()
+        assert health["scheduler-a"]["leading"]
+        assert not health["scheduler-b"]["leading"]
+    finally:
+        cluster.close()
+        cluster.close()
+
+
+def test_tour_stage_at_its_smallest(ray_session: Session, tmp_path: Path) -> None:
+    run = RunDirectory.create(str(tmp_path / "run"), job="tour", config={}, seeds=[], now="now")
+    seen: list[float] = []
+    context = StageContext(
+        profile="smoke",
+        seed=1,
+        session=ray_session,
+        run=run,
+        progress=lambda done, total, text: seen.append(done / total),
+    )
+    result = STAGE.run(context)
+    assert seen == sorted(seen)
+    assert seen[-1] == 1
+    assert result.rows[-1].ours == 0
+    assert len(result.plots) == 1
+
+
+def test_plan_claim_is_measured() -> None:
+    claim = bench.CLAIMS["plan_ms"](Profile(name="quick"))
+    assert claim.baseline is not None
+    assert 0 < claim.value < 1000
