@@ -11,8 +11,10 @@ import importlib.util
 import math
 from typing import Any
 
+from actors.andes.engine_settings import engine_arguments
 from actors.serving import packaged_model
 from actors.serving.config import CPU_KV_TOKENS, KV_BLOCK, EngineConfig, ModelConfig, ServingConfig
+from raysys.config import config_to_dict
 from raysys.errors import CapabilityError
 from raysys.serving.model_files import ModelFacts, check_folder
 
@@ -61,6 +63,10 @@ def build_application(config: ServingConfig) -> Any:
     return build_openai_app(
         {
             "llm_configs": [llm],
+            "ingress_cls_config": {
+                "ingress_cls": "actors.serving.ingress:QoEIngress",
+                "ingress_extra_kwargs": {"settings": config_to_dict(config)},
+            },
             "ingress_deployment_config": {"ray_actor_options": {"num_cpus": 0}},
         }
     )
@@ -85,6 +91,8 @@ def llm_options(config: ServingConfig, facts: ModelFacts) -> dict[str, Any]:
         "experimental_configs": {"stream_batching_interval_ms": 0},
         "log_engine_metrics": True,
     }
+    if config.engine.policy == "andes":
+        options["engine_kwargs"] |= engine_arguments(config.andes)
     if device == "cpu":
         options["placement_group_config"] = {"bundles": [{"CPU": 1}]}
     return options

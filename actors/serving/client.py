@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from actors.andes.engine_settings import POLICY_FIELD
 from actors.serving.endpoint import quiet_logs
 from raysys.errors import CapabilityError, RemoteError
 from raysys.serving.andes.qoe import FinishReason, Outcome, QoESpec, QoETracker
@@ -31,6 +32,7 @@ class Chat:
         arrival_s: when it is sent, seconds after the start of the burst.
         max_tokens: length limit of the answer.
         exact_length: ignore the model's own end, so that every run has the same lengths.
+        policy: ask a switchable engine for ``"fcfs"`` or ``"andes"``; None says nothing.
     """
 
     prompt: str
@@ -38,6 +40,7 @@ class Chat:
     arrival_s: float = 0.0
     max_tokens: int = 64
     exact_length: bool = False
+    policy: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +55,7 @@ class Stream:
         text: the answer.
         outcome: the QoE account.
         error: what went wrong, or None.
+        prompt_tokens: length of the prompt as the engine counts it; 0 where it did not tell.
     """
 
     chat: Chat
@@ -61,6 +65,7 @@ class Stream:
     text: str
     outcome: Outcome
     error: str | None = None
+    prompt_tokens: int = 0
 
     @property
     def ttft_s(self) -> float | None:
@@ -188,10 +193,11 @@ class ChatClient:
                 max_tokens=chat.max_tokens,
                 temperature=0.0,
                 stream=True,
+                stream_options={"include_usage": True},
                 extra_body={
                     "ignore_eos": chat.exact_length,
                     "return_token_ids": True,
-                    "vllm_xargs": qoe_fields(chat.spec),
+                    "vllm_xargs": qoe_fields(chat.spec) | _policy_field(chat.policy),
                 },
             )
             async for chunk in response:
@@ -209,6 +215,7 @@ class ChatClient:
             text="".join(collector.text),
             outcome=outcome,
             error=error,
+            prompt_tokens=collector.prompt_tokens,
         )
 
 
@@ -222,8 +229,11 @@ class _Collector:
         self.token_ids: list[int] = []
         self.text: list[str] = []
         self.ended = False
+        self.prompt_tokens = 0
 
     def add(self, chunk: Any, now: float) -> None:
+        if chunk.usage is not None:
+            self.prompt_tokens = chunk.usage.prompt_tokens
         for choice in chunk.choices:
             self.ended |= choice.finish_reason is not None
             content = choice.delta.content or ""
@@ -234,6 +244,10 @@ class _Collector:
             self.delivered_s += [now - self.sent] * len(token_ids)
             self.token_ids += token_ids
             self.text.append(content)
+
+
+def _policy_field(policy: str | None) -> dict[str, float | str]:
+    return {POLICY_FIELD: policy} if policy else {}
 
 
 def describe_failure(problem: Exception) -> str:

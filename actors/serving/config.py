@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from actors.andes.engine_settings import AndesEngineConfig
 from actors.serving import packaged_model
+from actors.serving.admission import AdmissionConfig
 from raysys import machine
 from raysys.config import check, check_choice, check_range
 from raysys.errors import ConfigError
@@ -41,6 +43,7 @@ class EngineConfig:
     """How each replica's vLLM engine runs.
 
     Args:
+        policy: ``"andes"`` schedules by the readers' QoE, ``"vllm"`` in order of arrival.
         device: ``"auto"`` takes an NVIDIA GPU where there is one.
         dtype: ``"auto"`` is float32 on a CPU (bfloat16 is emulated there) and vLLM's choice on GPU.
         max_model_len: longest prompt + answer in tokens.
@@ -52,6 +55,7 @@ class EngineConfig:
             place them, which several replicas on one machine need.
     """
 
+    policy: Literal["andes", "vllm"] = "vllm"
     device: Literal["auto", "cpu", "gpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int = 2048
@@ -62,6 +66,7 @@ class EngineConfig:
     bind_cores: Literal["auto", "nobind"] = "auto"
 
     def __post_init__(self) -> None:
+        check_choice(self, "policy", ("andes", "vllm"))
         check_choice(self, "device", ("auto", "cpu", "gpu"))
         check_range(self, "max_model_len", 64)
         check_range(self, "max_num_seqs", 1, 4096)
@@ -86,6 +91,8 @@ class ServingConfig:
         replicas: engines behind the endpoint.
         max_waiting: requests that may wait for a replica before the endpoint answers 503.
         start_timeout_s: how long the engines may take to start.
+        admission: limits and API keys at the door.
+        andes: the QoE-aware scheduler's options, and the targets of requests that tell none.
     """
 
     host: str = "127.0.0.1"
@@ -95,6 +102,8 @@ class ServingConfig:
     start_timeout_s: float = 600.0
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    andes: AndesEngineConfig = field(default_factory=AndesEngineConfig)
 
     def __post_init__(self) -> None:
         check_range(self, "port", 1, 65535)

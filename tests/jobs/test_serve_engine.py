@@ -1,0 +1,239 @@
+"""One real engine, started as a user would with Ray's own tool, and everything asked of it.
+
+The tests run in order on the one engine; the last one kills it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.serving import packaged_model
+from actors.serving.client import Chat, ChatClient, Stream, require_complete, summarize_burst
+from actors.serving.endpoint import free_port
+from actors.session import Session
+from raysys import machine
+from raysys.serving.andes.qoe import QoESpec
+
+psutil = pytest.importorskip("psutil", reason="comes with the serving extra: make setup")
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(420)]
+
+START_S = 300.0
+KEY = "blue-secret"
+DIGEST = hashlib.sha256(KEY.encode()).hexdigest()
+ADMISSION = {"max_inflight": 6, "keys": [{"tenant": "blue", "sha256": DIGEST, "weight": 2.0}]}
+SPEC = QoESpec(ttft_s=2.0, tds=4.0)
+
+
+def wait_for(condition: Callable[[], Any], what: str, timeout_s: float) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"{what}: not within {timeout_s:.0f} s"
+        threading.Event().wait(0.25)
+    return value
+
+
+def engine_processes() -> list[Any]:
+    """Engine cores of this test run only: descendants of this process."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "EngineCore" in " ".join(process.cmdline()) or "EngineCore" in process.name():
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def endpoint(ray_cluster: Session, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """``serve run jobs.serve:app`` on the shared cluster; yields the base address."""
+    if not _has_vllm():
+        pytest.skip("vLLM is not installed: run `make setup`")
+    import ray
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from ray import serve
+
+        port = free_port()
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    log = tmp_path_factory.mktemp("serve") / "log.txt"
+    command = [
+        str(Path(sys.executable).parent / "serve"), "run", "jobs.serve:app",
+        "--address", ray.get_runtime_context().gcs_address, "--name", "llm",
+        "engine.max_model_len=256", "engine.max_num_seqs=8", "engine.kv_tokens=2048",
+        f"admission={json.dumps(ADMISSION)}",
+    ]  # fmt: skip
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=machine.app_root(), stdout=output, stderr=subprocess.STDOUT,
+            env=_environment(),
+        )  # fmt: skip
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_for(lambda: _ready(url, process, log), "the engine", START_S)
+            yield url
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                serve.shutdown()
+
+
+def _has_vllm() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("vllm") is not None
+
+
+def _environment() -> dict[str, str]:
+    token = {"RAY_AUTH_MODE": "token"} if machine.has_ray_token() else {}
+    return {**token, **os.environ}
+
+
+def _ready(url: str, process: Any, log: Path) -> bool:
+    assert process.poll() is None, log.read_text()[-2000:]
+    try:
+        status, _ = ask(f"{url}/v1/models/{packaged_model.NAME}")
+        return status == 200 and chat_once(url)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def chat_once(url: str) -> bool:
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    status, _ = ask(f"{url}/v1/chat/completions", {"model": packaged_model.NAME, **body})
+    return status == 200
+
+
+def ask(url: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    sent = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}", **headers}
+    request = urllib.request.Request(url, data=data, headers=sent)
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def chats(count: int, max_tokens: int = 24) -> list[Chat]:
+    prompts = ["Name three colours.", "What is a river?", "Tell me a story.", "Why is it dark?"]
+    return [
+        Chat(prompt=prompts[i % 4], spec=SPEC, max_tokens=max_tokens, exact_length=True)
+        for i in range(count)
+    ]
+
+
+def test_a_burst_streams_token_by_token(endpoint: str) -> None:
+    client = ChatClient(f"{endpoint}/v1", packaged_model.NAME, KEY)
+    streams = client.burst(chats(4))
+    require_complete(streams)
+    for stream in streams:
+        assert len(stream.delivered_s) == 24
+        assert len(set(stream.delivered_s)) >= 20  # one token a chunk: no batching on the way
+        assert stream.text
+    report = summarize_burst(streams)
+    assert 0.0 < report.mean_qoe <= 1.0
+    assert report.ttft_s < 60.0
+
+
+def test_equal_chats_get_equal_tokens(endpoint: str) -> None:
+    client = ChatClient(f"{endpoint}/v1", packaged_model.NAME, KEY)
+    first, second = client.burst([chats(1)[0], chats(1)[0]])
+    assert first.token_ids == second.token_ids
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"model": "nobody", "messages": [{"role": "user", "content": "Hi"}]}, 404),
+        (
+            {"model": packaged_model.NAME, "messages": [{"role": "user", "content": "x " * 400}]},
+            400,
+        ),
+        (b"{not json", 422),
+    ],
+)
+def test_bad_requests_are_refused_with_their_status(endpoint: str, body: Any, status: int) -> None:
+    got, text = ask(f"{endpoint}/v1/chat/completions", body)
+    assert got == status, text
+
+
+def test_bad_targets_are_refused_and_named(endpoint: str) -> None:
+    chat = {"model": packaged_model.NAME, "messages": [{"role": "user", "content": "Hi"}]}
+    for value in (-1, True, float("nan"), "fast"):
+        body = chat | {"vllm_xargs": {"qoe_tds": value}}
+        status, text = ask(f"{endpoint}/v1/chat/completions", body)
+        assert status == 422, (value, text)
+        assert json.loads(text)["error"]["param"] == "qoe_tds"
+    status, text = ask(f"{endpoint}/v1/chat/completions", chat, **{"X-QoE-TTFT-S": "-3"})
+    assert status == 422
+    assert json.loads(text)["error"]["param"] == "qoe_ttft_s"
+
+
+def test_without_the_key_nobody_enters(endpoint: str) -> None:
+    chat = {"model": packaged_model.NAME, "messages": [{"role": "user", "content": "Hi"}]}
+    for wrong in ("Bearer red-secret", "Basic blue-secret", ""):
+        status, text = ask(f"{endpoint}/v1/chat/completions", chat, Authorization=wrong)
+        assert status == 401, text
+
+
+def test_a_full_endpoint_says_when_to_come_back(endpoint: str) -> None:
+    client = ChatClient(f"{endpoint}/v1", packaged_model.NAME, KEY)
+    streams = client.burst(chats(10, max_tokens=16))
+    refused = [stream for stream in streams if stream.error]
+    assert len(refused) == 4
+    assert all("429" in (stream.error or "") for stream in refused)
+    require_complete([stream for stream in streams if not stream.error])
+    require_complete(client.burst(chats(6, max_tokens=2)))  # all places are free again
+
+
+def test_a_killed_engine_fails_its_streams_and_is_replaced(endpoint: str) -> None:
+    client = ChatClient(f"{endpoint}/v1", packaged_model.NAME, KEY)
+    [engine] = engine_processes()
+    workers = engine.children(recursive=True)
+    seen = threading.Event()
+    result: list[Stream] = []
+
+    def send() -> None:
+        result.extend(client.burst(chats(2, max_tokens=200)))
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    seen.wait(2.0)  # the streams are under way: 200 tokens take longer than that
+    engine.kill()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert all(stream.error for stream in result)
+    assert all(stream.outcome.truncated for stream in result)
+    wait_for(lambda: _answers(endpoint), "the replacement", START_S)
+    [replacement] = engine_processes()
+    assert replacement.pid != engine.pid
+    assert not [worker for worker in workers if worker.is_running()]  # nothing left behind
+    require_complete(client.burst(chats(1, max_tokens=4)))
+
+
+def _answers(url: str) -> bool:
+    try:
+        return chat_once(url)
+    except OSError:
+        return False
