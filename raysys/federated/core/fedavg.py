@@ -71,7 +71,7 @@ class FedAvg:
                 f"at most the population of {facts.population.n_clients}",
             )
         if self._values is None:
-            self._values = initial_weights(self.spec, facts.seed).values
+            self._values = initial_weights(self.spec, facts.seed, facts.member).values
 
     def demand(self, round_id: int) -> list[Demand]:
         """One stream; any device is fine."""
@@ -86,6 +86,12 @@ class FedAvg:
         if self._values is None:
             raise ConfigError("strategy", "not started", "start() before use")
         return self._values
+
+    def reset(self, values: FlatWeights) -> None:
+        """Put other weights in place of the model's; the optimiser starts anew."""
+        Weights(values, self.spec.spec_id).check_spec(self.spec)
+        self._values = values
+        self.server.load({})
 
     def feedback_spec(self) -> FeedbackSpec:
         """Only the weighting."""

@@ -24,10 +24,11 @@ StateArrays = dict[str, npt.NDArray[Any]]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class JobFacts:
-    """What a strategy is told when the job starts."""
+    """What a strategy is told when the job starts; ``member`` numbers independent starts."""
 
     population: Population
     seed: int
+    member: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

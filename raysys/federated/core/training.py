@@ -68,7 +68,8 @@ def train_task(
         batches = draw_batches(population, clients[places], task.local, streams)
         rows = torch.from_numpy(task.rows[places])
         # One model needs no gather: the clones inside the rung read an expanded view.
-        start = weights.expand(len(places), -1) if len(weights) == 1 else weights[rows]
+        one = len(weights) == 1
+        start = weights.expand(len(places), -1) if one else weights.index_select(0, rows)
         drift = None if controls_kP is None else read_only_tensor(controls_kP)[places]
         with _dropout_seed(task, int(clients[places[0]])):
             trained = train_chunk(
@@ -187,12 +188,13 @@ class _TaskFold:
         kept: npt.NDArray[np.bool_],
     ) -> None:
         rows = self._task.rows[places]
-        for row in np.unique(rows):
-            here = (rows == row) & kept
-            mix = torch.from_numpy(np.where(here, weight * factor, 0.0).astype(np.float32))
-            self._sum[row] += (mix @ delta).numpy()
-            self._weight[row] += weight[here].sum()
-            self._scalar[row] += scalar[here].sum()
+        present = np.unique(rows)
+        here = (rows[None, :] == present[:, None]) & kept[None, :]
+        # One product for all models reads the updates once.
+        mix = torch.from_numpy(np.where(here, weight * factor, 0.0).astype(np.float32))
+        self._sum[present] += (mix @ delta).numpy()
+        self._weight[present] += (here * weight).sum(axis=1)
+        self._scalar[present] += (here * scalar).sum(axis=1)
 
     def _noise(self, places: IntArray, n_params: int) -> npt.NDArray[np.float32]:
         task = self._task
