@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import warnings
 from pathlib import Path
@@ -22,6 +23,7 @@ from raysys.training.ccs.callbacks import (
     logits_of,
 )
 from raysys.training.ccs.convergence import ScoringStopper
+from raysys.training.ccs.dynamic_run import train_infobatch
 from raysys.training.ccs.proxy import (
     ProxyConfig,
     StackedNet,
@@ -90,6 +92,15 @@ def test_scoring_ends_early_when_the_order_has_settled() -> None:
     score_run(train, QUICK, seed=1, stopper=stopper, progress=steps.append)
     assert max(steps) < 60
     assert stopper.correlations[-1] > 0.5
+
+
+def test_info_batch_saves_steps_at_the_same_accuracy() -> None:
+    split = digits()
+    config = dataclasses.replace(QUICK, iterations=220)
+    net, steps = train_infobatch(split.train, config, seed=1)
+    assert steps < 0.85 * 220
+    whole = train_stack(split.train, [np.arange(len(split.train))], [1], config)
+    assert accuracies(net, split.test)[0] > accuracies(whole, split.test)[0] - 0.03
 
 
 def test_signals_learn_and_bad_subsets_are_refused() -> None:
