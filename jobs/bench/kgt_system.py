@@ -256,16 +256,14 @@ def ccs_coreset(task: tasks.Task, seed: int) -> tuple[LabelledArrays, float]:
     """A CCS coreset of 30 % by AUM of a short scoring run; also that run's CPU seconds."""
     start = time.process_time()
     train = task.split.train
-    accumulator = ScoreAccumulator(train.ids, ScoringConfig(classes=train.classes))
-    recorder = DynamicsRecorder(accumulator.add)
+    accumulator = ScoreAccumulator(train.ids, ScoringConfig(el2n_epochs=_SCORING_EPOCHS))
     torch.manual_seed(seed)
     recipe = dataclasses.replace(task.recipe, epochs=_SCORING_EPOCHS, seed=seed)
-    loop = _Recorded(task.network(), tasks.train_data(train), recipe, recorder)
+    loop = _Recorded(task.network(), tasks.train_data(train), recipe, accumulator)
     loop.train()
-    recorder.flush()
     keep = round(_CORESET_SHARE * len(train))
     config = SelectionConfig(beta=0.1, class_balanced=True, relax_beta=True, seed=seed)
-    chosen = select_ccs(accumulator.table(train.y), keep, config)
+    chosen = select_ccs(accumulator.to_table(), keep, config)
     rows = np.flatnonzero(np.isin(train.ids, chosen.sample.ids))
     picked = train.take(rows)
     return picked, time.process_time() - start
@@ -275,9 +273,11 @@ class _Recorded:
     """A short plain training run whose logits are recorded."""
 
     def __init__(
-        self, model: torch.nn.Module, data: TrainData, recipe: Recipe, recorder: DynamicsRecorder
+        self, model: torch.nn.Module, data: TrainData, recipe: Recipe, accumulator: ScoreAccumulator
     ) -> None:
-        self.model, self.data, self.recipe, self.recorder = model.train(), data, recipe, recorder
+        self.model, self.data, self.recipe = model.train(), data, recipe
+        self.accumulator = accumulator
+        self.recorder = DynamicsRecorder(accumulator.add)
 
     def train(self) -> None:
         """Train with SGD at the recipe's first rate."""
@@ -296,6 +296,8 @@ class _Recorded:
                 torch.autograd.backward(loss)
                 optimizer.step()
                 self.recorder.record(self.data.ids[rows.numpy()], logits, self.data.y[rows])
+            self.recorder.flush()
+            self.accumulator.commit(epoch)
 
 
 __all__ = ["coreset_runs", "resume_runs", "step_times", "stopped_controller"]

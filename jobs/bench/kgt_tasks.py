@@ -40,11 +40,12 @@ from raysys.training.kgt.savings import Savings
 
 STATIC_MODULES = 4
 KGT_OPTIONS: Mapping[str, Any] = {
-    "window": 3,
+    "window": 8,
     "every": 12,
     "reference": "fp32",
     "scope": "all",
     "unfreeze": "settled",
+    "keep_thresholds": True,
     "modules": 16,
 }
 
