@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
@@ -19,24 +19,25 @@ from actors.federated.driver import FederatedRun
 from raysys.federated.core.recipe import FederatedConfig, load_data, make_population
 from raysys.runs import RunDirectory
 
-ROUNDS = 30
+ROUNDS = 300
 LOSE_AFTER = 8
 
 
-def train(run_uri: str, on_round: Any) -> str:
-    """Train and return the digest of the final weights."""
+def train(run_uri: str, on_round: Callable[[int], None]) -> tuple[str, int]:
+    """Train; return the digest of the final weights, and how many actors had to be replaced."""
     config = FederatedConfig()
     data = load_data(config.data, config.seed, None)
     population = make_population(config, data)
     spec = config.model.spec(data)
     RunDirectory.create(run_uri, job="test", config={}, seeds=[], now="2026-01-01")
     federated = FederatedRun(
-        config, data, population, spec, workers=2, run_uri=run_uri, checkpoint_every=5
+        config, data, population, spec, workers=2, run_uri=run_uri, checkpoint_every=50
     )
     try:
         for summary in federated.rounds(ROUNDS):
             on_round(summary.round_id)
-        return hashlib.sha256(federated.weights().tobytes()).hexdigest()
+        digest = hashlib.sha256(federated.weights().tobytes()).hexdigest()
+        return digest, federated.health()["replaced"] + federated.restarts
     finally:
         federated.close()
 
@@ -60,7 +61,7 @@ def main() -> None:
     ray.init(address=cluster.address, logging_level="error", log_to_driver=False)
     seen: dict[str, list[str]] = {}
     rounds: list[int] = []
-    undisturbed = train(f"{sys.argv[1]}/calm", lambda number: None)
+    undisturbed, _ = train(f"{sys.argv[1]}/calm", lambda number: None)
 
     def lose_a_node(number: int) -> None:
         rounds.append(number)
@@ -71,8 +72,9 @@ def main() -> None:
         if number == ROUNDS - 1:
             seen["after"] = worker_nodes()
 
-    disturbed = train(f"{sys.argv[1]}/lost", lose_a_node)
-    result = {**seen, "rounds": rounds, "undisturbed": undisturbed, "disturbed": disturbed}
+    disturbed, replaced = train(f"{sys.argv[1]}/lost", lose_a_node)
+    digests = {"undisturbed": undisturbed, "disturbed": disturbed}
+    result = {**seen, **digests, "rounds": rounds, "replaced": replaced}
     Path(sys.argv[1], "result.json").write_text(json.dumps(result))
     ray.shutdown()
     cluster.shutdown()
