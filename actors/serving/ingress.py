@@ -7,7 +7,6 @@ the moment each chunk leaves this process.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -19,6 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from actors.serving.admission import AdmissionGate, ApiKey, find_key
 from actors.serving.config import ServingConfig
+from actors.serving.events import bearer, error_event, read_chunk, refusal_body
 from actors.serving.ledger import QoELedger
 from actors.serving.targets import ANONYMOUS, merge_targets
 from raysys.config import config_from_dict
@@ -48,7 +48,7 @@ class QoEIngress(OpenAiIngress):  # type: ignore[misc]
     async def _serve(self, handler: Handler, body: Any, request: Request) -> Response:
         key: ApiKey | None = None
         if self.settings.admission.keys:
-            key = find_key(self.settings.admission.keys, bearer(request))
+            key = find_key(self.settings.admission.keys, bearer(request.headers))
             if key is None:
                 return refusal(401, "no valid API key", "authorization")
         try:
@@ -110,45 +110,8 @@ class _Visit:
             self._ingress.ledger.finished(self._tenant, self._tracker.finish(now, reason))
 
 
-def bearer(request: Request) -> str:
-    """The presented key; empty without one."""
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else ""
-
-
-def read_chunk(chunk: Any) -> tuple[int, bool]:
-    """Visible tokens in one piece of a server-sent stream, and whether it reports an error.
-
-    The engine sends one event per token; an event carries text in its ``content`` or ``text``.
-    """
-    text = chunk if isinstance(chunk, str) else bytes(chunk).decode("utf-8", "replace")
-    tokens, failed = 0, False
-    for event in text.split("\n\n"):
-        if not event.startswith("data: ") or event.startswith("data: [DONE]"):
-            continue
-        failed |= event.startswith('data: {"error"')
-        shown = '"content":' in event or '"text":' in event
-        empty = any(mark in event for mark in ('"content":""', '"content":null', '"text":""'))
-        tokens += shown and not empty
-    return tokens, failed
-
-
-def error_event(error: Exception) -> str:
-    """The last events of a stream whose engine failed, as OpenAI clients understand them."""
-    first_line = str(error).strip().split("\n", 1)[0][:300]
-    body = {
-        "message": f"the engine failed in mid-stream: {type(error).__name__}: {first_line}",
-        "type": "internal_error",
-        "param": None,
-        "code": 500,
-    }
-    return f"data: {json.dumps({'error': body})}\n\ndata: [DONE]\n\n"
-
-
 def refusal(
     status: int, message: str, field: str | None, headers: dict[str, str] | None = None
 ) -> JSONResponse:
-    """An error in OpenAI's format."""
-    kinds = {401: "authentication_error", 422: "invalid_request_error", 429: "rate_limit_error"}
-    error = {"message": message, "type": kinds[status], "param": field, "code": status}
-    return JSONResponse({"error": error}, status_code=status, headers=headers)
+    """An answer that refuses the request."""
+    return JSONResponse(refusal_body(status, message, field), status_code=status, headers=headers)

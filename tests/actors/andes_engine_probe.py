@@ -53,7 +53,7 @@ def scheduler_of(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
-def generate(llm: Any, policy: str, count: int = 10) -> list[list[int]]:
+def generate(llm: Any, policy: str, count: int = 8) -> list[list[int]]:
     from vllm import SamplingParams
 
     prompts = [
@@ -62,7 +62,7 @@ def generate(llm: Any, policy: str, count: int = 10) -> list[list[int]]:
     ]
     params = [
         SamplingParams(
-            temperature=0.0, max_tokens=64, ignore_eos=True, detokenize=False,
+            temperature=0.0, max_tokens=56, ignore_eos=True, detokenize=False,
             extra_args={"qoe_ttft_s": 0.0, "qoe_tds": 1000.0 if i % 2 else 20.0,
                         "andes_policy": policy},
         )
@@ -99,14 +99,15 @@ def abort_midway(llm: Any) -> dict[str, Any]:
     scheduler = scheduler_of(llm)
     engine = llm.llm_engine
     ids = []
-    for index in range(12):
+    for index in range(8):
         params = SamplingParams(
             temperature=0.0, max_tokens=200, ignore_eos=True, detokenize=False,
             extra_args={"qoe_ttft_s": 0.0, "qoe_tds": 500.0, "andes_policy": "andes"},
         )  # fmt: skip
         prompt = {"prompt_token_ids": [5 + index + j for j in range(40)]}
-        ids.append(engine.add_request(f"leaver-{index}", prompt, params) or f"leaver-{index}")
-    for _ in range(60):
+        engine.add_request(f"leaver-{index}", prompt, params)
+        ids.append(f"leaver-{index}")
+    for _ in range(40):
         engine.step()
     states = sorted({str(request.status.name) for request in scheduler.requests.values()})
     engine.abort_request(ids)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -170,7 +171,15 @@ def test_equal_chats_get_equal_tokens(endpoint: str) -> None:
             {"model": packaged_model.NAME, "messages": [{"role": "user", "content": "x " * 400}]},
             400,
         ),
+        (
+            {"model": packaged_model.NAME, "messages": [{"role": "user", "content": "y" * 10**7}]},
+            400,
+        ),
+        ({"model": packaged_model.NAME, "messages": []}, 400),
+        ({"model": packaged_model.NAME, "messages": "Hi"}, 422),
+        ({"model": packaged_model.NAME}, 422),
         (b"{not json", 422),
+        (b"", 422),
     ],
 )
 def test_bad_requests_are_refused_with_their_status(endpoint: str, body: Any, status: int) -> None:
@@ -205,6 +214,30 @@ def test_a_full_endpoint_says_when_to_come_back(endpoint: str) -> None:
     assert all("429" in (stream.error or "") for stream in refused)
     require_complete([stream for stream in streams if not stream.error])
     require_complete(client.burst(chats(6, max_tokens=2)))  # all places are free again
+
+
+def test_clients_that_leave_give_their_places_back(endpoint: str) -> None:
+    host, port = endpoint.removeprefix("http://").split(":")
+    body = json.dumps(
+        {
+            "model": packaged_model.NAME,
+            "messages": [{"role": "user", "content": "Tell me a story."}],
+            "max_tokens": 200,
+            "ignore_eos": True,
+            "stream": True,
+        }
+    )
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {KEY}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    for _ in range(6):  # as many as may be inside
+        with socket.create_connection((host, int(port)), timeout=60) as leaver:
+            leaver.sendall((head + body).encode())
+            assert b"200" in leaver.recv(64)
+    wait_for(lambda: chat_once(endpoint), "a place", 30.0)
+    client = ChatClient(f"{endpoint}/v1", packaged_model.NAME, KEY)
+    wait_for(lambda: not any(s.error for s in client.burst(chats(6, max_tokens=2))), "all", 30.0)
 
 
 def test_a_killed_engine_fails_its_streams_and_is_replaced(endpoint: str) -> None:
