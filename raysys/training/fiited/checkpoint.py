@@ -1,0 +1,278 @@
+"""Checkpoints of a store: a manifest and part files, independent of shards, layout and slots.
+
+A checkpoint is a folder: ``manifest.json`` (format version, tables, constants of the hash, clock,
+list of parts with sizes and SHA-256) and ``part-NNNN.arrow``, one per range of virtual rows. It is
+written under a temporary name and renamed, so an interrupted save leaves the previous one valid;
+a load checks everything before it changes anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from raysys.errors import CapabilityError, DataError, StorageError
+from raysys.ops import fiited_abi as abi
+from raysys.training.fiited.native import NativeEngine
+from raysys.training.fiited.store import FiitedStore
+
+VERSION = 1
+PART_BYTES = 64 * 2**20
+_LAST = 2**64 - 1
+
+
+def save(store: FiitedStore, folder: str | Path) -> dict[str, Any]:
+    """Write a checkpoint; an existing one at this path is replaced at the very end.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        StorageError: the folder cannot be written.
+        CapabilityError: the reference engine has no checkpoints.
+    """
+    engine = _native(store)
+    target = Path(folder)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        parts = [_save_part(engine, partial, *piece) for piece in _pieces(engine)]
+        manifest = _manifest(store, engine, parts)
+        manifest["parts"].append(_save_clock(engine, partial))
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        _swap(partial, target)
+    except OSError as error:
+        raise StorageError(
+            str(target), error.strerror or str(error), "Check space and rights"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def load(store: FiitedStore, folder: str | Path, *, owned: range | None = None) -> int:
+    """Fill an empty store; returns the number of rows that came in.
+
+    The store may have another layout, free policy, engine build or budget (with a smaller one the
+    least useful chunks are left out). ``owned`` restricts the rows to buckets (the top 12 bits of
+    the virtual row), which is how a checkpoint is spread over another number of shards.
+
+    Raises:
+        DataError: the checkpoint is damaged or belongs to another set of tables; the message
+            names the file and the store has not changed.
+        StorageError: it cannot be read.
+    """
+    engine = _native(store)
+    root = Path(folder)
+    manifest = _read_manifest(root)
+    _check_fits(store, root, manifest)
+    clock, parts = _read_parts(store, root, manifest)
+    if engine.counters()["rows"]:
+        raise DataError(str(root), "the store is not empty", "Load into a new store")
+    buckets = np.zeros(abi.BUCKETS, np.uint8)
+    buckets[list(owned) if owned is not None else slice(None)] = 1
+    rows = 0
+    for entries, utils, values in parts if _fits(store, parts) else [_most_useful(store, parts)]:
+        rows += engine.import_(entries, utils, values, buckets)
+    _set_clock(store, engine, clock)
+    return rows
+
+
+def _pieces(engine: NativeEngine) -> list[tuple[int, int, int]]:
+    """Ranges of virtual rows of about PART_BYTES each: (index, low, high)."""
+    counters = engine.counters()
+    size = counters["pool_live"] + counters["rows"] * 64
+    count = max(1, min(abi.BUCKETS, round(size / PART_BYTES)))
+    step = abi.BUCKETS // count
+    edges = [bucket << 52 for bucket in range(0, abi.BUCKETS, step)] + [_LAST + 1]
+    return [(i, low, high - 1) for i, (low, high) in enumerate(itertools.pairwise(edges))]
+
+
+def _save_part(
+    engine: NativeEngine, folder: Path, index: int, low: int, high: int
+) -> dict[str, Any]:
+    entries, utils, values = engine.export(low, high)
+    arrays = {"entries": entries.view(np.uint8), "utils": utils.reshape(-1), "values": values}
+    return _write_arrays(folder / f"part-{index:04d}.arrow", arrays) | {"rows": len(entries)}
+
+
+def _save_clock(engine: NativeEngine, folder: Path) -> dict[str, Any]:
+    integers, reals, window = engine.clock()
+    arrays = {"integers": integers, "reals": reals, "window": window, "sketch": engine.sketch()}
+    return _write_arrays(folder / "clock.arrow", arrays) | {"rows": 0}
+
+
+def _write_arrays(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
+    """One Arrow file with one column and one batch per array (their lengths differ)."""
+    buffer = pa.BufferOutputStream()
+    for name, array in arrays.items():
+        table = pa.table({name: pa.array(np.ascontiguousarray(array))})
+        with pa.ipc.new_stream(buffer, table.schema) as writer:
+            writer.write_table(table)
+    data = buffer.getvalue()
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"name": path.name, "bytes": data.size, "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _manifest(
+    store: FiitedStore, engine: NativeEngine, parts: list[dict[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "format": "raysys-fiited",
+        "version": VERSION,
+        "mixer": abi.MIXER,
+        "chunk": store.config.chunk,
+        "states": store.config.states,
+        "seed": store.config.seed,
+        "steps": store.steps,
+        "tables": [
+            {"name": t.name, "dim": t.dim, "virtual_rows": t.virtual_rows, "seed": s}
+            for t, s in zip(store.tables, engine.table_seeds())
+        ],
+        "parts": list(parts),
+    }
+
+
+def _swap(partial: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if target.exists():
+        os.replace(target, old)
+    os.replace(partial, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _read_manifest(root: Path) -> dict[str, Any]:
+    path = root / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StorageError(str(path), error.strerror or str(error), "Give a checkpoint") from error
+    except ValueError:
+        raise DataError(str(path), "not JSON", "Use an intact checkpoint") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != "raysys-fiited":
+        raise DataError(str(path), "not a FIITED checkpoint", "Use an intact checkpoint")
+    if manifest.get("version") != VERSION:
+        got = manifest.get("version")
+        raise DataError(str(path), f"format version {got}, expected {VERSION}", "Convert it")
+    return manifest
+
+
+def _check_fits(store: FiitedStore, root: Path, manifest: dict[str, Any]) -> None:
+    ours = _manifest(store, _native(store), [])
+    for name in ("mixer", "chunk", "states", "tables"):
+        if manifest.get(name) != ours[name]:
+            reason = f"{name} is {manifest.get(name)}, this store has {ours[name]}"
+            raise DataError(
+                str(root / "manifest.json"), reason, "Use the same tables and optimizer"
+            )
+    listed = {part["name"] for part in manifest["parts"]}
+    present = {path.name for path in root.iterdir()} - {"manifest.json"}
+    if listed != present:
+        odd = min(listed ^ present)
+        raise DataError(str(root / odd), "missing, or not named by the manifest", "Restore it")
+
+
+Part = tuple[npt.NDArray[Any], npt.NDArray[np.float32], npt.NDArray[np.float32]]
+
+
+def _read_parts(
+    store: FiitedStore, root: Path, manifest: dict[str, Any]
+) -> tuple[dict[str, npt.NDArray[Any]], list[Part]]:
+    clock: dict[str, npt.NDArray[Any]] = {}
+    parts: list[Part] = []
+    for part in manifest["parts"]:
+        path = root / part["name"]
+        if path.parent != root or path.is_symlink() or not path.is_file():
+            raise DataError(str(path), "not a plain file of the checkpoint", "Restore it")
+        arrays = _read_arrays(path, part)
+        if part["name"] == "clock.arrow":
+            clock = arrays
+            continue
+        entries = arrays["entries"].view(abi.ENTRY)
+        utils = arrays["utils"].reshape(len(entries), -1)
+        _check_part(store, path, part, entries, utils, arrays["values"])
+        parts.append((entries, utils, arrays["values"]))
+    if not clock:
+        raise DataError(str(root / "clock.arrow"), "missing", "Restore it")
+    return clock, parts
+
+
+def _read_arrays(path: Path, part: dict[str, Any]) -> dict[str, npt.NDArray[Any]]:
+    data = path.read_bytes()
+    if len(data) != part["bytes"] or hashlib.sha256(data).hexdigest() != part["sha256"]:
+        raise DataError(str(path), "size or checksum differs", "Restore an intact copy")
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    reader = pa.BufferReader(data)
+    while reader.tell() < len(data):
+        table = pa.ipc.open_stream(reader).read_all()
+        column = table.column(0).combine_chunks()
+        arrays[table.column_names[0]] = column.to_numpy(zero_copy_only=False)
+    return arrays
+
+
+def _check_part(
+    store: FiitedStore,
+    path: Path,
+    part: dict[str, Any],
+    entries: npt.NDArray[Any],
+    utils: npt.NDArray[np.float32],
+    values: npt.NDArray[np.float32],
+) -> None:
+    chunks = int(np.bitwise_count(entries["alive"] & abi.ALIVE_MASK).sum())
+    expected = chunks * store.config.chunk * (1 + store.config.states)
+    if part["rows"] != len(entries) or len(values) != expected:
+        raise DataError(str(path), "lengths do not fit together", "Restore an intact copy")
+    if len(entries) and int(entries["table"].max()) >= len(store.tables):
+        raise DataError(str(path), "a row of an unknown table", "Restore an intact copy")
+    if not (np.isfinite(values).all() and np.isfinite(utils).all()):
+        raise DataError(str(path), "NaN or infinity inside", "Use an earlier checkpoint")
+
+
+def _fits(store: FiitedStore, parts: list[Part]) -> bool:
+    chunks = sum(int(np.bitwise_count(e["alive"] & abi.ALIVE_MASK).sum()) for e, _, _ in parts)
+    return chunks <= store.slots
+
+
+def _most_useful(store: FiitedStore, parts: list[Part]) -> Part:
+    """All rows, most useful first, so that a smaller budget leaves the least useful out."""
+    entries = np.concatenate([e for e, _, _ in parts])
+    utils = np.concatenate([u for _, u, _ in parts])
+    values = np.concatenate([v for _, _, v in parts])
+    width = store.config.chunk * (1 + store.config.states)
+    lengths = np.bitwise_count(entries["alive"] & abi.ALIVE_MASK).astype(np.int64) * width
+    starts = np.cumsum(lengths) - lengths
+    pinned = (entries["alive"] & abi.PINNED) > 0
+    order = np.lexsort((entries["key"], -utils.max(axis=1), ~pinned))
+    pieces = [values[starts[i] : starts[i] + lengths[i]] for i in order]
+    return entries[order], utils[order], np.concatenate(pieces)
+
+
+def _set_clock(
+    store: FiitedStore, engine: NativeEngine, clock: dict[str, npt.NDArray[Any]]
+) -> None:
+    engine.set_clock(
+        np.array(clock["integers"]), np.array(clock["reals"]), np.array(clock["window"])
+    )
+    if len(clock["sketch"]) == len(engine.sketch()):  # another budget: candidates start afresh
+        engine.set_sketch(np.array(clock["sketch"]))
+    store.resume_at(int(clock["integers"][0]))
+
+
+def _native(store: FiitedStore) -> NativeEngine:
+    if not isinstance(store.engine, NativeEngine) or store.dense:
+        reason = "only compiled, pruned stores are saved"
+        raise CapabilityError("checkpoints", reason, "Install a C++ compiler")
+    return store.engine
