@@ -94,6 +94,9 @@ class Chaos:
             feed.cancel()
         await asyncio.gather(*feeds, return_exceptions=True)
         self.report.jobs_after = len((await self._overview())["jobs"])
+        for index in range(self.config.jobs):
+            async with JobClient(self.deployment.scheduler_address, f"chaos-{index}") as job:
+                await job.finish()
         return self.report
 
     async def _open_rounds(self) -> None:
@@ -131,7 +134,8 @@ class Chaos:
         async with JobClient(self.deployment.scheduler_address, "chaos") as client:
             while True:
                 try:
-                    return await client.overview()
+                    overview: dict[str, list[object]] = await client.overview()
+                    return overview
                 except RemoteError:
                     if time.monotonic() > until_s:
                         raise

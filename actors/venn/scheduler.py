@@ -68,6 +68,7 @@ class SchedulerServer(rpc.JobPlaneServicer, rpc.PlanFeedServicer):  # type: igno
         self._security = security or SecurityConfig()
         self._clock = clock
         self._last_s = 0.0
+        self._stalled = False
         self._server: Any = None
         self._dirty = asyncio.Event()
         self._plans = asyncio.Condition()
@@ -173,7 +174,8 @@ class SchedulerServer(rpc.JobPlaneServicer, rpc.PlanFeedServicer):  # type: igno
             except TimeoutError:
                 pass
             self._dirty.clear()
-            self.commit({"op": "plan"})
+            self.commit({"op": "plan", "stalled": self._stalled})
+            self._stalled = False
             async with self._plans:
                 self._plans.notify_all()
 
@@ -191,6 +193,7 @@ class SchedulerServer(rpc.JobPlaneServicer, rpc.PlanFeedServicer):  # type: igno
             if now_s - checked_s > REBALANCE_S:
                 checked_s = now_s
                 if self.core.rebalance_needed():
+                    self._stalled = True
                     self._dirty.set()
 
     # ------------------------------------------------------------------ JobPlane

@@ -24,6 +24,7 @@ from raysys.federated.venn.simulator.trace import Trace, hash_uniform
 
 VALUES_OF_MASK = dict(zip((0, 1, 3, 5, 15), ATOM_VALUES))
 ANSWERED = 0
+JOB_PREFIX = "twin-"
 _STEP_S = 0.02
 
 
@@ -80,7 +81,7 @@ class Twin:
     async def _job(self, index: int) -> None:
         job = self.jobs[index]
         await asyncio.sleep(job.arrival_s / self.speed)
-        async with JobClient(self.scheduler, f"twin-{index}", self.security) as client:
+        async with JobClient(self.scheduler, f"{JOB_PREFIX}{index}", self.security) as client:
             await client.register(REQUIREMENTS[job.group], rounds=job.rounds)
             for _ in range(job.rounds):
                 while not await self._attempt(client, index):
@@ -122,7 +123,9 @@ class Twin:
         answer = await client.check_in(identities, list(values.T))
         for place in np.flatnonzero(answer.slots >= 0).tolist():
             name = answer.tasks[int(answer.slots[place])].job_id
-            live = self._open.get(int(name.removeprefix("twin-")))
+            if not name.startswith(JOB_PREFIX):
+                continue  # somebody else's job on the same service
+            live = self._open.get(int(name.removeprefix(JOB_PREFIX)))
             if live is not None:
                 live.given += 1
             self.assigned += 1
@@ -143,7 +146,7 @@ class Twin:
         live: _LiveRound | None,
     ) -> None:
         """One device: works, then answers its job, or goes offline first."""
-        job = self.jobs[int(name.removeprefix("twin-"))]
+        job = self.jobs[int(name.removeprefix(JOB_PREFIX))]
         row = position % len(self.trace)
         delay_s = self.config.delay_s * float(
             hash_uniform(np.asarray([position]), self.config.seed)[0]

@@ -300,7 +300,7 @@ def plan_ms(profile: Profile) -> Claim:
 def _planning_problem(jobs: int, groups: int, atoms: int) -> tuple[list[Request], SupplyView]:
     generator = np.random.default_rng(jobs)
     masks = [
-        sum(1 << int(group) for group in generator.choice(groups, generator.integers(1, 20)))
+        sum(1 << int(group) for group in set(generator.integers(0, groups, 10).tolist()))
         for _ in range(atoms)
     ]
     view = SupplyView.build(masks, generator.random(atoms).tolist(), groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -115,6 +116,22 @@ def test_no_over_assignment_over_two_gateways_with_skewed_arrivals(tmp_path: Pat
             more = await service.devices[0].check_in(ids(10**6, 500), columns(500))
             given = [int((answer.slots >= 0).sum()) for answer in (*answers, more)]
             assert sum(given) == 101
+
+    asyncio.run(scenario())
+
+
+def test_credits_leave_a_gateway_that_was_busy_and_falls_idle(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with deployed(tmp_path, gateways=2) as service, service.job("job") as job:
+            await job.register({})
+            now_s = time.monotonic()
+            await service.devices[0].check_in(ids(0, 2000), columns(2000))
+            await until(lambda: service.scheduler.core.state.supply.seen == 2000)
+            ticket = await job.open_round(4, deadline_s=100)
+            answers = await drain(service.devices[1], 10_000, 4, batch=1)
+            assert sum(int((answer.slots >= 0).sum()) for answer in answers) == 4
+            assert ticket.remaining == 4
+            assert time.monotonic() - now_s < WAIT_S
 
     asyncio.run(scenario())
 

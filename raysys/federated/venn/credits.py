@@ -24,6 +24,15 @@ class Grant:
     spent: int = 0
     done: int = 0
     failed: int = 0
+    marked: int = 0
+    idle: bool = False
+
+    def mark(self) -> None:
+        """Note whether credit was left and none spent since the last mark; without credit, nothing
+        can be told and the old finding stays."""
+        if self.limit > self.spent:
+            self.idle = self.spent == self.marked
+        self.marked = self.spent
 
     def set_limit(self, limit: int) -> None:
         """Send a new limit; the ceiling falls only when the gateway confirms."""

@@ -36,7 +36,7 @@ from raysys.federated.venn.supply import SupplyView
 Command = Mapping[str, Any]
 Reply = dict[str, Any]
 _SUPPLY_PATIENCE_S = 86_400.0
-_RECENT_DECAY = 0.9
+_IDLE_SHARE = 1e-3
 _STATE = TypeAdapter(SchedulerState)
 
 POLICIES: dict[str, Callable[[float], Policy]] = {
@@ -275,7 +275,8 @@ class SchedulerCore:
         if any(count < 0 for count in counts.values()):
             raise ConfigError("checkins", counts, "numbers >= 0")
         gateway.sequence = sequence
-        gateway.recent = _RECENT_DECAY * gateway.recent + sum(counts.values())
+        gateway.recent = gateway.recent_at(now_s) + sum(counts.values())
+        gateway.counted_s = now_s
         if counts:
             self.state.supply.observe(counts, now_s)
             self._notice_atoms(counts)
@@ -419,23 +420,27 @@ class SchedulerCore:
         state.retry_after_s = retry_after_s(demand, sum(view.rates), low_s, high_s)
         state.version += 1
         state.dirty = False
-        self._spread_credits()
+        self._spread_credits(now_s, bool(command.get("stalled", False)))
         return {"version": state.version}
 
-    def _spread_credits(self) -> None:
+    def _spread_credits(self, now_s: float, stalled: bool) -> None:
+        """Credits by share of recent check-ins; after a stall, away from who spent none."""
         names = sorted(self.state.gateways)
         if not names:
             return
-        total = sum(self.state.gateways[name].recent for name in names)
-        floor = max(total / (10 * len(names)), 1.0)
-        weights = [max(self.state.gateways[name].recent, floor) for name in names]
+        recent = [self.state.gateways[name].recent_at(now_s) for name in names]
+        floor = max(sum(recent) / (50 * len(names)), 1e-9)
+        weights = [max(value, floor) for value in recent]
         for job in self._rounds.values():
             opened = job.open
             if opened is None:
                 continue
-            parts = apportion(opened.remaining, weights)
-            for name, part in zip(names, parts):
-                grant = opened.grants.setdefault(name, Grant())
+            grants = [opened.grants.setdefault(name, Grant()) for name in names]
+            if stalled:
+                for grant in grants:
+                    grant.mark()
+            shares = [w * _IDLE_SHARE if g.idle else w for w, g in zip(weights, grants)]
+            for grant, part in zip(grants, apportion(opened.remaining, shares)):
                 target = grant.spent + part
                 slack = opened.allowed - (opened.charged - grant.ceiling)
                 grant.set_limit(min(target, max(slack, grant.spent)))

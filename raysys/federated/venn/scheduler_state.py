@@ -10,6 +10,8 @@ from raysys.federated.venn.credits import Grant
 from raysys.federated.venn.requirements import Requirement, Schema
 from raysys.federated.venn.supply import SupplyConfig, SupplyEstimator
 
+RECENT_S = 5.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServiceConfig:
@@ -129,11 +131,16 @@ class JobState:
 
 @dataclass(slots=True)
 class GatewayState:
-    """A gateway as the scheduler knows it; ``recent`` is its decayed count of check-ins."""
+    """A gateway as the scheduler knows it; ``recent`` counts check-ins, fading over seconds."""
 
     incarnation: int
     sequence: int = 0
     recent: float = 0.0
+    counted_s: float = 0.0
+
+    def recent_at(self, now_s: float) -> float:
+        """The fading count at a time; idle gateways lose their share."""
+        return self.recent * math.exp(-max(now_s - self.counted_s, 0.0) / RECENT_S)
 
 
 @dataclass(slots=True)

@@ -214,9 +214,9 @@ class ServiceMachine(RuleBasedStateMachine):
         if not plan_lost:
             self.deliver(name)
 
-    @rule()
-    def plan(self) -> None:
-        self.commit(op="plan")
+    @rule(stalled=st.booleans())
+    def plan(self, stalled: bool) -> None:
+        self.commit(op="plan", stalled=stalled)
 
     @rule(name=st.sampled_from("ab"))
     def feed(self, name: str) -> None:
