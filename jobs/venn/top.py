@@ -62,7 +62,8 @@ def view(overview: dict[str, Any], rows: int) -> Group:
     """Tables of one moment."""
     head = (
         f"epoch {overview['epoch']}, plan {overview['version']}, "
-        f"{len(overview['gateways'])} gateways, {overview['checkins']:,} check-ins"
+        f"{len(overview['gateways'])} gateways, {overview['checkins']:,} check-ins, "
+        f"{overview['merged_atoms']} rare atoms folded"
     )
     groups = Table(title="groups")
     for name in ("requirement", "devices/s", "jobs", "waiting", "devices wanted"):

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 
 from raysys.errors import ConfigError, DataError, InfeasibleError
 from raysys.federated.venn import baselines
+from raysys.federated.venn.atoms import merge_rare
 from raysys.federated.venn.credits import Grant, apportion
 from raysys.federated.venn.explain import why
 from raysys.federated.venn.irs import IRS, IRSConfig
@@ -58,6 +59,7 @@ class SchedulerCore:
     config: ServiceConfig = field(default_factory=ServiceConfig)
     state: SchedulerState = field(default_factory=SchedulerState)
     events: list[tuple[str, Reply]] = field(default_factory=list)
+    merged_atoms: int = 0
     _rounds: dict[int, JobState] = field(default_factory=dict)
     _policy: Policy = field(default_factory=IRS)
 
@@ -488,6 +490,7 @@ class SchedulerCore:
             "version": self.state.version,
             "gateways": sorted(self.state.gateways),
             "checkins": self.state.supply.seen,
+            "merged_atoms": self.merged_atoms,
             "groups": [
                 {"requirement": dict(item.bounds), "rate": view.group_rates[group]}
                 for group, item in enumerate(self.state.requirements)
@@ -511,7 +514,8 @@ class SchedulerCore:
 
     def _view(self, now_s: float) -> SupplyView:
         rates = self.state.supply.rates(self.state.masks, now_s)
-        return SupplyView.build(self.state.masks, rates, max(self._groups(), 1))
+        masks, rates, self.merged_atoms = merge_rare(self.state.masks, rates)
+        return SupplyView.build(masks, rates, max(self._groups(), 1))
 
     def _groups(self) -> int:
         widest = max((mask.bit_length() for mask in self.state.masks), default=0)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from raysys.errors import ConfigError
 from raysys.federated.venn.assignment import assign
+from raysys.federated.venn.atoms import merge_rare
 from raysys.federated.venn.credits import Grant, apportion
 from raysys.federated.venn.explain import why
 from raysys.federated.venn.irs import IRS
@@ -71,6 +72,22 @@ def test_requirement_errors_name_the_attribute() -> None:
             compiler.masks(columns)
     with pytest.raises(ConfigError, match=r"schema\.attributes"):
         Schema(attributes=("a", "a"))
+
+
+@given(
+    masks=st.lists(st.integers(0, 255), min_size=1, max_size=40, unique=True),
+    limit=st.integers(1, 20),
+)
+def test_merged_atoms_only_hide_eligibility(masks: list[int], limit: int) -> None:
+    rates = [1.0 + index for index in range(len(masks))]
+    kept, merged, folded = merge_rare(masks, rates, limit)
+    assert len(kept) <= limit + 1
+    assert sum(merged) == pytest.approx(sum(rates))
+    assert folded == max(len(masks) - limit, 0)
+    for bit in range(8):
+        before = sum(rate for mask, rate in zip(masks, rates) if mask >> bit & 1)
+        after = sum(rate for mask, rate in zip(kept, merged) if mask >> bit & 1)
+        assert after <= before + 1e-9
 
 
 def test_supply_window_forgets_and_decay_fades() -> None:
