@@ -91,15 +91,20 @@ def _worker(options: dict[str, Any]) -> None:
             "reduced_bytes_per_step": (count.total - before) / max(1, loop.step - step),
             "applied": schedule_of(log.rows),
             "cache_hit_rate": loop.kgt.status()["cache_hit_rate"],
-            "weights": _checksum(loop.model),
+            "ranks_agree": _ranks_agree(loop.model),
         }
         _report(metrics, to_bytes(loop.state_dict()) if rank == 0 else None)
     loop.close()
 
 
-def _checksum(model: torch.nn.Module) -> float:
-    """Sum of all weights: equal on all ranks as long as they agree."""
-    return float(sum(p.detach().double().sum() for p in model.parameters()))
+def _ranks_agree(model: torch.nn.Module) -> bool:
+    """Whether all ranks hold bit-identical parameters; a collective call."""
+    mine = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    zero = mine.clone()
+    dist.broadcast(zero, src=0)
+    equal = torch.tensor([float(torch.equal(mine, zero))])
+    dist.all_reduce(equal, op=dist.ReduceOp.MIN)
+    return bool(equal.item())
 
 
 def _own_cache(config: TrainConfig, rank: int) -> TrainConfig:
