@@ -82,8 +82,10 @@ def _gap(spec: ModelSpec, rung: str, inputs: Tensor, targets: Tensor, local: Loc
     population = population_from_lists([rng.integers(0, len(targets), n) for n in RAGGED])
     clients = np.arange(len(RAGGED))
     batches = draw_batches(population, clients, local, KeyedStreams(0, Purpose.BATCHES))
-    start = torch.from_numpy(initial_weights(spec, 0).values).expand(len(clients), -1)
-    ours = train_chunk(rung, spec, start, inputs, targets, batches, local).delta + start
+    weights = torch.from_numpy(initial_weights(spec, 0).values[np.newaxis])
+    rows = torch.zeros(len(clients), dtype=torch.int64)
+    start = weights[rows]
+    ours = train_chunk(rung, spec, weights, rows, inputs, targets, batches, local).delta + start
     layout = layout_of(spec)
     params = [part.clone() for part in layout.split(start)]
     module = spec.architecture.build()

@@ -61,16 +61,19 @@ class RoundFold:
 
     Args:
         expected: number of clients of each task, by task number.
-        spec_id: model the partials must be of.
+        spec_id: spec the partials must be of. models: rows of the round's stacked weights.
     """
 
-    def __init__(self, round_id: int, attempt: int, expected: list[int], spec_id: str) -> None:
+    def __init__(
+        self, round_id: int, attempt: int, expected: list[int], spec_id: str, models: int = 1
+    ) -> None:
         self.round_id = round_id
         self.attempt = attempt
         self.duplicates = 0
         self.busy_s = 0.0
         self._expected = expected
         self._spec_id = spec_id
+        self._models = models
         self._waiting: dict[int, Partial] = {}
         self._seen: set[int] = set()
         self._next = 0
@@ -154,18 +157,22 @@ class RoundFold:
         sums = (partial.sum_delta, partial.sum_weight, partial.sum_scalar)
         if not all(np.isfinite(part).all() for part in sums):
             raise ConfigError("partial.sum_delta", "NaN or infinity", "screened, finite sums")
-        if self._delta is not None and partial.sum_delta.shape != self._delta.shape:
-            raise ConfigError("partial.sum_delta", partial.sum_delta.shape, f"{self._delta.shape}")
+        width = partial.sum_delta.shape[-1] if self._delta is None else self._delta.shape[1]
+        if partial.sum_delta.shape != (len(partial.present), width):
+            shape = (len(partial.present), width)
+            raise ConfigError("partial.sum_delta", partial.sum_delta.shape, f"shape {shape}")
+        if len(partial.present) and not 0 <= partial.present.min() <= partial.present.max() < (
+            self._models
+        ):
+            raise ConfigError("partial.present", partial.present, f"rows below {self._models}")
 
     def _sum(self, partial: Partial) -> None:
         if self._delta is None or self._weight is None or self._scalar is None:
-            self._delta = partial.sum_delta.astype(np.float64, copy=True)
-            self._weight = partial.sum_weight.astype(np.float64, copy=True)
-            self._scalar = partial.sum_scalar.astype(np.float64, copy=True)
-        else:
-            self._delta += partial.sum_delta
-            self._weight += partial.sum_weight
-            self._scalar += partial.sum_scalar
+            self._delta = np.zeros((self._models, partial.sum_delta.shape[1]))
+            self._weight, self._scalar = np.zeros(self._models), np.zeros(self._models)
+        self._delta[partial.present] += partial.sum_delta
+        self._weight[partial.present] += partial.sum_weight
+        self._scalar[partial.present] += partial.sum_scalar
         self.busy_s += partial.busy_s
         # The sums are folded; keep only the columns.
         empty = np.zeros((0, 0))

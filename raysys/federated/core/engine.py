@@ -225,9 +225,9 @@ class FederatedJob:
         return groups
 
     def _cut(self, group: Group) -> None:
-        """Cut a group into tasks of similar work: clients with as many steps stand together."""
+        """Cut a group into tasks of similar work: as many steps, then the same model, together."""
         steps = group.local.steps_of(self.population.counts(group.clients))
-        order = np.lexsort((group.clients, -steps))
+        order = np.lexsort((group.clients, group.rows, -steps))
         size = self.execution.task_clients
         pieces = [order[start : start + size] for start in range(0, len(order), size)]
         rung = self.execution.rung
@@ -259,7 +259,8 @@ class FederatedJob:
             part = None if group.controls is None else group.controls[piece]
             group.controls_of_task.append(part)
         sizes = [len(piece) for piece in pieces]
-        group.fold = RoundFold(self.round_id, self._attempt, sizes, group.spec.spec_id)
+        models = len(group.model_ids)
+        group.fold = RoundFold(self.round_id, self._attempt, sizes, group.spec.spec_id, models)
 
     def _reject_above(self) -> float:
         factor = self.screen.reject_factor
@@ -274,7 +275,7 @@ class FederatedJob:
         twice that.
         """
         params = len(self.strategy.weights(0))
-        local = self.strategy.assign(self.round_id, clients[:1])[0].local
+        local = self.strategy.local_config(self.round_id)
         counts = self.population.counts(clients)
         samples = local.steps_of(counts) * np.minimum(local.batch_size, counts)
         return 3.0 * params * samples, 4 * params

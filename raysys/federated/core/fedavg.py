@@ -81,6 +81,10 @@ class FedAvg:
         """Everybody trains the one model."""
         return [Assignment(clients=clients, model_id=0, version=self._version, local=self.local)]
 
+    def local_config(self, round_id: int) -> LocalConfig:
+        """The one configuration."""
+        return self.local
+
     def weights(self, model_id: int) -> FlatWeights:
         """Current global weights, float32 [P]."""
         if self._values is None:

@@ -54,18 +54,19 @@ def static_rung(spec: ModelSpec) -> str:
 def train_chunk(
     rung: str,
     spec: ModelSpec,
-    start_CP: Tensor,
+    weights_KP: Tensor,
+    rows_C: Tensor,
     inputs: Tensor,
     targets: Tensor,
     batches: Batches,
     config: LocalConfig,
     drift_CP: Tensor | None = None,
 ) -> Trained:
-    """Train a chunk of clients from ``start_CP`` (left as it is).
+    """Train a chunk of clients, each from a row of ``weights_KP`` (left as it is).
 
     Args:
         rung: one of :func:`available_rungs`.
-        start_CP: float32 start weights of each client; may be an expanded view.
+        weights_KP: float32 weights of the round's models. rows_C: int64 row of each client.
         inputs, targets: the sample arrays that ``batches`` index.
         drift_CP: added to every gradient (SCAFFOLD), or None.
 
@@ -75,12 +76,16 @@ def train_chunk(
     if rung not in available_rungs(spec):
         raise ConfigError("rung", rung, f"one of {available_rungs(spec)} for this model")
     layout = layout_of(spec)
-    params = [part.clone(memory_format=torch.contiguous_format) for part in layout.split(start_CP)]
+    params = [part.index_select(0, rows_C) for part in layout.split(weights_KP)]
     drift = None if drift_CP is None else layout.split(drift_CP)
     train = {"batched": _train_batched, "vmap": _train_vmap, "loop": _train_loop}[rung]
     first, last = train(spec, params, inputs, targets, batches, config, drift)
-    delta = torch.cat([part.reshape(len(start_CP), -1) for part in params], dim=1)
-    return Trained(delta.sub_(start_CP), first, last)
+    delta = torch.cat([part.reshape(len(rows_C), -1) for part in params], dim=1)
+    # Clients of one model mostly stand together: subtract run by run, without a gathered copy.
+    row, length = torch.unique_consecutive(rows_C, return_counts=True)
+    for place, part in zip(row.tolist(), torch.split(delta, length.tolist())):
+        part.sub_(weights_KP[place])
+    return Trained(delta, first, last)
 
 
 def sample_losses(out: Tensor, targets: Tensor, task: str) -> Tensor:

@@ -113,8 +113,9 @@ class Partial:
     """The answer to a task: one sum per model, and a small table with a row per client.
 
     Args:
-        sum_delta [K, P]: weighted sum of updates, float64. sum_weight [K]: sum of weights, float64.
-        sum_scalar [K]: the denominator of q-FedAvg, float64; zero otherwise.
+        present: rows of the stacked weights that this task trained, int64 [R], rising.
+        sum_delta: weighted sums of updates, float64 [R, P]. sum_weight: of weights, float64 [R].
+        sum_scalar: the denominators of q-FedAvg, float64 [R]; zero otherwise.
         loss_first, loss_last, norm: float32 [k]; the norm is that before clipping.
         n_samples: int64 [k]. status: int8 [k]. sketch: float32 [k, D] or None.
         controls: change of each client's SCAFFOLD control variate, float32 [k, P], or None.
@@ -127,6 +128,7 @@ class Partial:
     spec_id: str
     clients: IntArray
     rows: IntArray
+    present: IntArray
     sum_delta: FloatArray
     sum_weight: FloatArray
     sum_scalar: FloatArray

@@ -50,6 +50,28 @@ class KeyedStreams:
         return self._bits.random_raw(n)
 
 
+def hashed(seed: int, purpose: Purpose, *counters: npt.ArrayLike) -> npt.NDArray[np.uint64]:
+    """One 64-bit number for each combination of counters, for whole arrays at once.
+
+    Counters are broadcast; each goes through the finaliser of SplitMix64 (Steele et al. 2014) on
+    top of the ones before. For schedules and groups, where a Philox stream per client costs more
+    than the work it decides.
+    """
+    with np.errstate(over="ignore"):
+        state = _mix(np.asarray(seed % 2**64, dtype=np.uint64) + np.uint64(int(purpose)))
+        for counter in counters:
+            state = _mix(state ^ _mix(np.asarray(counter, dtype=np.uint64)))
+    return state
+
+
+def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    mixed = values + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    finished: npt.NDArray[np.uint64] = mixed ^ (mixed >> np.uint64(31))
+    return finished
+
+
 def generator(
     seed: int, purpose: Purpose, round_id: int = 0, client: int = 0
 ) -> np.random.Generator:

@@ -108,6 +108,10 @@ class Strategy(Protocol):
         """Place granted devices; called with one device or many, in any order."""
         ...
 
+    def local_config(self, round_id: int) -> LocalConfig:
+        """Local training of a round, for estimates of cost; changes nothing."""
+        ...
+
     def weights(self, model_id: int) -> FlatWeights:
         """Current weights of a model, float32 [P]."""
         ...

@@ -67,16 +67,13 @@ def train_task(
     for places in cut_chunks(fold.n_samples, task.local, task.chunk_size):
         batches = draw_batches(population, clients[places], task.local, streams)
         rows = torch.from_numpy(task.rows[places])
-        # One model needs no gather: the clones inside the rung read an expanded view.
-        one = len(weights) == 1
-        start = weights.expand(len(places), -1) if one else weights.index_select(0, rows)
         drift = None if controls_kP is None else read_only_tensor(controls_kP)[places]
         with _dropout_seed(task, int(clients[places[0]])):
             trained = train_chunk(
-                task.rung, task.spec, start, samples.inputs, samples.targets, batches,
+                task.rung, task.spec, weights, rows, samples.inputs, samples.targets, batches,
                 task.local, drift,
             )  # fmt: skip
-        losses = _received_losses(task, start, samples, population, clients[places])
+        losses = _received_losses(task, weights, rows, samples, population, clients[places])
         fold.add(places, trained, losses, batches.active)
     return fold.result()
 
@@ -88,9 +85,10 @@ class _TaskFold:
         k = len(task.clients)
         self.n_samples = counts
         self._task = task
-        self._sum = np.zeros((task.models, n_params))
-        self._weight = np.zeros(task.models)
-        self._scalar = np.zeros(task.models)
+        self._present, self._own_row = np.unique(task.rows, return_inverse=True)
+        self._sum = np.zeros((len(self._present), n_params))
+        self._weight = np.zeros(len(self._present))
+        self._scalar = np.zeros(len(self._present))
         self._columns = np.zeros((3, k), dtype=np.float32)
         self._status = np.where(counts > 0, Status.OK, Status.EMPTY).astype(np.int8)
         dim = task.feedback.sketch_dim
@@ -144,6 +142,7 @@ class _TaskFold:
             spec_id=task.spec.spec_id,
             clients=task.clients,
             rows=task.rows,
+            present=self._present,
             sum_delta=self._sum,
             sum_weight=self._weight,
             sum_scalar=self._scalar,
@@ -187,7 +186,7 @@ class _TaskFold:
         scalar: npt.NDArray[np.float64],
         kept: npt.NDArray[np.bool_],
     ) -> None:
-        rows = self._task.rows[places]
+        rows = self._own_row[places]
         present = np.unique(rows)
         here = (rows[None, :] == present[:, None]) & kept[None, :]
         # One product for all models reads the updates once.
@@ -218,7 +217,12 @@ def _dropout_seed(task: TrainTask, client: int) -> Iterator[None]:
 
 
 def _received_losses(
-    task: TrainTask, start: Tensor, samples: Samples, population: Population, clients: IntArray
+    task: TrainTask,
+    weights: Tensor,
+    rows: Tensor,
+    samples: Samples,
+    population: Population,
+    clients: IntArray,
 ) -> Tensor | None:
     """Mean loss of the received weights over all samples of each client; for q-FedAvg only."""
     if task.feedback.weighting != "loss":
@@ -233,7 +237,7 @@ def _received_losses(
     with torch.no_grad():
         mapped: Any = torch.func.vmap(one, randomness="different")
         result: Tensor = mapped(
-            tuple(layout.split(start)), samples.inputs[index], samples.targets[index], scale
+            tuple(layout.split(weights[rows])), samples.inputs[index], samples.targets[index], scale
         )
     return result
 

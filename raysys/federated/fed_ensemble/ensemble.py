@@ -19,6 +19,7 @@ from raysys.config import check, check_range
 from raysys.errors import ConfigError
 from raysys.federated.core.aggregation import ModelSum
 from raysys.federated.core.fedavg import FedAvg
+from raysys.federated.core.local import LocalConfig
 from raysys.federated.core.messages import FeedbackSpec, IntArray
 from raysys.federated.core.model import FlatWeights, ModelSpec
 from raysys.federated.core.randomness import Purpose, generator
@@ -123,10 +124,18 @@ class FedEnsemble:
             for part in self.lines[model].assign(round_id, clients[models == model])
         ]
 
+    def local_config(self, round_id: int) -> LocalConfig:
+        """That of the inner lines."""
+        return self.lines[0].local
+
     def accept(self, client: int, model: int) -> None:
         """Count an accepted update of ``model`` by ``client``."""
-        self.schedule.accept(client, model)
-        self._coverage[self.schedule.stratum(client), model] += 1
+        self.accept_many(np.array([client]), np.array([model]))
+
+    def accept_many(self, clients: IntArray, models: IntArray) -> None:
+        """Count the accepted updates of a round; clients are all different."""
+        self.schedule.accept(clients)
+        np.add.at(self._coverage, (self.schedule.strata_of(clients), models), 1)
 
     def coverage(self) -> npt.NDArray[np.int64]:
         """Accepted updates by stratum and model, int64 [strata, K]."""
@@ -156,9 +165,10 @@ class FedEnsemble:
         """Server step of every line; a model that got nothing stays as it is."""
         table = report.table
         warm = round_id < self.config.warm_rounds
-        for client in table.clients[table.ok].tolist():
-            if not warm:
-                self.accept(client, self._placed[client])
+        if not warm:
+            clients = table.clients[table.ok]
+            placed = [self._placed[client] for client in clients.tolist()]
+            self.accept_many(clients, np.array(placed, dtype=np.int64))
         for line in self.lines:
             line.close(round_id, report)
         if not warm:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from raysys.errors import ConfigError
 from raysys.federated.core.messages import IntArray
-from raysys.federated.core.randomness import KeyedStreams, Purpose
+from raysys.federated.core.randomness import Purpose, hashed
 
 STARVED_ROUNDS = 3
 StateArrays = dict[str, npt.NDArray[Any]]
@@ -42,32 +42,48 @@ class PermutationSchedule:
         self.k = k
         self.strata = strata
         self._seed = seed
-        self._streams = KeyedStreams(seed, Purpose.SCHEDULE)
         self._counter = np.zeros(n_clients, dtype=np.int64)
         self._swapped: dict[int, tuple[int, IntArray]] = {}
         self._starved = np.zeros(k, dtype=np.int64)
 
     def permutation(self, stratum: int, age: int) -> IntArray:
         """The order in which a stratum visits the models in an age, int64 [K]."""
-        streams = KeyedStreams(self._seed, Purpose.SCHEDULE, age)
-        return np.argsort(streams.raw(stratum, self.k), kind="stable").astype(np.int64)
+        return self._permutations(np.array([stratum]), np.array([age]))[0]
+
+    def strata_of(self, clients: IntArray) -> IntArray:
+        """The clients themselves, or the groups they are hashed into."""
+        if not isinstance(self.strata, int):
+            return clients
+        drawn = hashed(self._seed, Purpose.SCHEDULE, clients) % np.uint64(self.strata)
+        groups: IntArray = drawn.astype(np.int64)
+        return groups
 
     def stratum(self, client: int) -> int:
-        """The client itself, or the group it is hashed into."""
-        if not isinstance(self.strata, int):
-            return client
-        return int(self._streams.raw(client, 1)[0] % np.uint64(self.strata))
+        """The stratum of one client."""
+        return int(self.strata_of(np.array([client]))[0])
 
     def next_model(self, client: int, round_id: int = 0) -> int:
         """Model that a client trains next; does not advance anything."""
+        return int(self.next_models(np.array([client]), round_id)[0])
+
+    def next_models(self, clients: IntArray, round_id: int = 0) -> IntArray:
+        """Models that clients train next, int64 [k]."""
         if self.strata == "random":
-            streams = KeyedStreams(self._seed, Purpose.SCHEDULE, round_id)
-            return int(streams.raw(client, 1)[0] % np.uint64(self.k))
+            drawn = hashed(self._seed, Purpose.SCHEDULE, clients, round_id) % np.uint64(self.k)
+            chosen: IntArray = drawn.astype(np.int64)
+            return chosen
         if isinstance(self.strata, int):
-            order = self.permutation(self.stratum(client), round_id // self.k)
-            return int(order[round_id % self.k])
-        age, place = divmod(int(self._counter[client]), self.k)
-        return int(self._order(client, age)[place])
+            ages = np.full(len(clients), round_id // self.k)
+            orders = self._permutations(self.strata_of(clients), ages)
+            return orders[:, round_id % self.k]
+        ages, places = np.divmod(self._counter[clients], self.k)
+        models = self._permutations(clients, ages)[np.arange(len(clients)), places]
+        if self._swapped:
+            for row, client in enumerate(clients.tolist()):
+                age, order = self._swapped.get(client, (-1, models))
+                if age == ages[row]:
+                    models[row] = order[places[row]]
+        return models
 
     def place(self, clients: IntArray, round_id: int, counts: IntArray) -> IntArray:
         """Place arriving clients, given how many each model has in this round so far.
@@ -78,18 +94,19 @@ class PermutationSchedule:
         Returns:
             Model of each client, int64 [k]; ``counts`` [K] is updated in place.
         """
-        models = np.array([self.next_model(int(c), round_id) for c in clients], dtype=np.int64)
-        np.add.at(counts, models, 1)
-        if self.strata == "client" and self.k > 1:
+        models = self.next_models(clients, round_id)
+        counts += np.bincount(models, minlength=self.k)
+        uneven = counts.max() > 2 * counts.min()
+        if uneven and self.strata == "client" and self.k > 1:
             self._balance(clients, models, counts)
         return models
 
-    def accept(self, client: int, model: int) -> None:
-        """Count an accepted update; only then does the client's permutation advance."""
-        self._counter[client] += 1
-        if self._counter[client] % self.k == 0:
-            self._swapped.pop(client, None)
-        del model
+    def accept(self, clients: IntArray) -> None:
+        """Count accepted updates of different clients; only then do permutations advance."""
+        self._counter[clients] += 1
+        if self._swapped:
+            for client in clients[self._counter[clients] % self.k == 0].tolist():
+                self._swapped.pop(client, None)
 
     def close_round(self, counts: IntArray) -> list[int]:
         """Note which models received nothing; returns those starved for three rounds or more."""
@@ -124,6 +141,13 @@ class PermutationSchedule:
         self._starved = np.array(state["starved"], dtype=np.int64)
         parts = zip(state["swapped.clients"], state["swapped.ages"], state["swapped.orders"])
         self._swapped = {int(c): (int(age), np.array(order)) for c, age, order in parts}
+
+    def _permutations(self, strata: IntArray, ages: IntArray) -> IntArray:
+        """One permutation a row, int64 [n, K]: the models in order of their keyed hashes."""
+        keys = hashed(
+            self._seed, Purpose.SCHEDULE, strata[:, None], ages[:, None], np.arange(self.k)
+        )
+        return np.argsort(keys, axis=1, kind="stable").astype(np.int64)
 
     def _order(self, client: int, age: int) -> IntArray:
         swapped = self._swapped.get(client)

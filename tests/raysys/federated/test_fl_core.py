@@ -324,6 +324,7 @@ def make_partial(task_id: int, clients: int = 2, value: float = 1.0) -> Partial:
         spec_id="m",
         clients=np.arange(clients) + 10 * task_id,
         rows=np.zeros(clients, dtype=np.int64),
+        present=np.array([0]),
         sum_delta=np.full((1, 3), value * clients),
         sum_weight=np.array([float(clients)]),
         sum_scalar=np.zeros(1),
