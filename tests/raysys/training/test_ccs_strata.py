@@ -30,7 +30,8 @@ def test_water_filling_properties(sizes: list[int], share: float) -> None:
     free = quotas[quotas < array]
     if len(free):
         assert free.max() - free.min() <= 1
-        assert (array[quotas == array] <= free.max() + 0).all() or budget == 0
+        # A full stratum lies below the water; the remainder may have lifted it by one.
+        assert (array[quotas == array] <= free.min() + 1).all()
 
 
 def test_water_filling_refuses_what_cannot_be_met() -> None:
