@@ -150,7 +150,7 @@ def test_tour_stage_at_its_smallest(ray_session: Session, tmp_path: Path) -> Non
     assert seen == sorted(seen)
     assert seen[-1] == 1
     assert result.rows[-1].ours == 0
-    assert len(result.plots) == 1
+    assert len(result.plots) == 3
 
 
 def test_plan_claim_is_measured() -> None:

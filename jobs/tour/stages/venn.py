@@ -21,6 +21,7 @@ from raysys.report import Plot, new_figure
 
 WORKLOADS = ("even", "small", "low", "general")
 DAY_S = 86_400.0
+HOUR_S = 3600.0
 
 
 def policies() -> dict[str, Policy]:
@@ -114,7 +115,8 @@ def _result(
         f"live service over gRPC: {live.rate_per_s:,.0f} check-ins/s (paced), batch latency p99 "
         f"{live.latency_ms(0.99):.0f} ms, {live.assigned:,} devices in {live.rounds} rounds",
     ]
-    return StageResult(rows=rows, plots=[_completion_plot(results)], notes=notes)
+    plots = [_completion_plot(results), _demand_plot(results, trace), _wait_plot(results)]
+    return StageResult(rows=rows, plots=plots, notes=notes)
 
 
 def _completion_plot(results: dict[str, dict[str, SimResult]]) -> Plot:
@@ -128,6 +130,43 @@ def _completion_plot(results: dict[str, dict[str, SimResult]]) -> Plot:
     axes.legend()
     caption = f"{name} workload; a curve further to the left is better"
     return Plot(title="Job completion times", caption=caption, figure=figure)
+
+
+def _demand_plot(results: dict[str, dict[str, SimResult]], trace: Trace) -> Plot:
+    name, outcomes = next(iter(results.items()))
+    ours = outcomes["Venn"]
+    end_s = max(job.finish_s for job in ours.jobs)
+    edges = np.arange(0, end_s + HOUR_S, HOUR_S)
+    supplied = np.diff([trace.position_at(float(edge)) for edge in edges])
+    demanded = np.zeros(len(edges) - 1)
+    for job in ours.jobs:
+        sizes = np.full(len(job.opens_s), job.demand / max(len(job.opens_s), 1))
+        demanded += np.histogram(job.opens_s, bins=edges, weights=sizes)[0]
+    figure, axes = new_figure()
+    axes.plot(edges[:-1] / DAY_S, supplied, label="devices that checked in")
+    axes.plot(edges[:-1] / DAY_S, demanded, label="devices asked for in finished rounds")
+    axes.set_xlabel("simulated days")
+    axes.set_ylabel("devices per hour")
+    axes.legend()
+    caption = f"{name} workload under Venn; the trace has a daily rhythm"
+    return Plot(title="Supply and demand", caption=caption, figure=figure)
+
+
+def _wait_plot(results: dict[str, dict[str, SimResult]]) -> Plot:
+    name, outcomes = next(iter(results.items()))
+    figure, axes = new_figure()
+    for label, result in outcomes.items():
+        opened = np.concatenate([job.opens_s for job in result.jobs])
+        lasted = np.concatenate([job.closes_s for job in result.jobs]) - opened
+        slots = (opened // (4 * HOUR_S)).astype(int)
+        counts = np.bincount(slots)
+        means = np.bincount(slots, weights=lasted)[counts > 0] / counts[counts > 0]
+        axes.plot(np.flatnonzero(counts) * 4 * HOUR_S / DAY_S, means, label=label)
+    axes.set_xlabel("simulated days")
+    axes.set_ylabel("seconds from opening to the last needed answer")
+    axes.legend()
+    caption = f"{name} workload; mean over the successful rounds opened in four hours"
+    return Plot(title="How long a round takes", caption=caption, figure=figure)
 
 
 STAGE = Stage(
