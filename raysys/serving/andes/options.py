@@ -52,7 +52,7 @@ class PlannerConfig:
     gate: bool = True
     guard_s: float = 2.0
     guard_restore_factor: float = 3.0
-    guard_room_factor: float = 16.0
+    guard_room_factor: float = 8.0
     refiner: bool = True
     charge_waiting: bool = True
     per_length: bool = True
@@ -60,7 +60,7 @@ class PlannerConfig:
     solver: Literal["greedy", "exact"] = "greedy"
     batch_candidates: int = 8
     max_wait_s: float = 60.0
-    starved_every_s: float = 5.0
+    starved_every_s: float = 20.0
     tail_target: float = 0.95
     frozen_wait: bool = False
 
