@@ -41,12 +41,12 @@ class ContestConfig:
             the whole room is only a few answers.
     """
 
-    chats: int = 20
+    chats: int = 16
     tokens: int = 48
     spread_s: float = 2.0
     ttft_s: float = 1.0
     tds: float = 1.5
-    kv_tokens: int = 512
+    kv_tokens: int = 416
     max_model_len: int = 256
     horizon_s: float = 20.0
     guard_s: float = 5.0

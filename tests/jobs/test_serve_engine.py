@@ -77,14 +77,14 @@ def endpoint(ray_cluster: Session, tmp_path_factory: pytest.TempPathFactory) -> 
     log = tmp_path_factory.mktemp("serve") / "log.txt"
     command = [
         str(Path(sys.executable).parent / "serve"), "run", "jobs.serve:app",
-        "--address", ray.get_runtime_context().gcs_address, "--name", "llm",
+        "--name", "llm",
         "engine.max_model_len=256", "engine.max_num_seqs=8", "engine.kv_tokens=2048",
         f"admission={json.dumps(ADMISSION)}",
     ]  # fmt: skip
     with log.open("w") as output:
         process = subprocess.Popen(
             command, cwd=machine.app_root(), stdout=output, stderr=subprocess.STDOUT,
-            env=_environment(),
+            env=_environment(ray.get_runtime_context().gcs_address),
         )  # fmt: skip
         try:
             url = f"http://127.0.0.1:{port}"
@@ -104,9 +104,10 @@ def _has_vllm() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
-def _environment() -> dict[str, str]:
+def _environment(address: str) -> dict[str, str]:
+    """Ray Serve LLM connects to Ray while the application is built, so --address comes too late."""
     token = {"RAY_AUTH_MODE": "token"} if machine.has_ray_token() else {}
-    return {**token, **os.environ}
+    return {**token, **os.environ, "RAY_ADDRESS": address}
 
 
 def _ready(url: str, process: Any, log: Path) -> bool:
