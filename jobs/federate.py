@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ import matplotlib.pyplot as plt
 
 from actors.federated.coordinator import RoundSummary
 from actors.federated.driver import FederatedRun
+from actors.federated.ensemble import build_ensemble
 from jobs.launcher import Job, JobContext, Summary, main
 from raysys import machine
 from raysys.config import check_range
@@ -18,6 +20,7 @@ from raysys.federated.core.model import layout_of
 from raysys.federated.core.population import Population
 from raysys.federated.core.recipe import FederatedConfig, load_data, make_population
 from raysys.federated.core.serialize import pack_arrays
+from raysys.federated.fed_ensemble.ensemble import EnsembleConfig
 from raysys.report import Plot, Section, Table, new_figure, render_page
 
 REPORT = "report.html"
@@ -30,6 +33,7 @@ class FederateConfig:
 
     Args:
         recipe: what is trained, and how.
+        ensemble: train K models at the cost of one (Fed-ensemble); None trains one.
         rounds: number of rounds.
         workers: worker actors. worker_cpus: logical CPUs each of them reserves.
         evaluate_every: rounds between evaluations; 0 for none.
@@ -37,6 +41,7 @@ class FederateConfig:
     """
 
     recipe: FederatedConfig = dataclasses.field(default_factory=FederatedConfig)
+    ensemble: EnsembleConfig | None = None
     rounds: int = 100
     workers: int = 2
     worker_cpus: float = 1.0
@@ -65,6 +70,9 @@ def run(config: FederateConfig, context: JobContext) -> Summary:
     layout_of(spec)
     have = _rounds_done(context) if context.resumed else 0
     context.ray(num_cpus=max(config.workers, machine.available_cores()))
+    make = None
+    if config.ensemble is not None:
+        make = functools.partial(build_ensemble, recipe, config.ensemble, spec)
     federated = FederatedRun(
         recipe,
         data,
@@ -75,10 +83,13 @@ def run(config: FederateConfig, context: JobContext) -> Summary:
         run_uri=context.run.uri,
         checkpoint_every=config.checkpoint_every,
         evaluate_every=config.evaluate_every,
+        make=make,
     )
     try:
         summaries = _follow(federated, config, context, have)
-        context.run.storage.write(MODEL_FILE, pack_arrays({"weights": federated.weights()}))
+        k = 1 if config.ensemble is None else config.ensemble.k
+        members = {"weights" if k == 1 else f"weights.{m}": federated.weights(m) for m in range(k)}
+        context.run.storage.write(MODEL_FILE, pack_arrays(members))
         facts = federated.health()
     finally:
         federated.close()

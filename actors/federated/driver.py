@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -18,6 +18,7 @@ from raysys.federated.core.population import Population
 from raysys.federated.core.recipe import FederatedConfig, make_job
 
 MAX_RESTARTS = 5
+MakeJob = Callable[[Population], FederatedJob]
 
 
 class FederatedRun:
@@ -28,6 +29,7 @@ class FederatedRun:
         workers, worker_cpus, run_uri, checkpoint_every, evaluate_every: as in
             :class:`~actors.federated.coordinator.JobActor`.
         slice_s: longest wait for the next summaries.
+        make: builds the job from the population on the coordinator; by default the recipe's.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class FederatedRun:
         checkpoint_every: int = 0,
         evaluate_every: int = 0,
         slice_s: float = 1.0,
+        make: MakeJob | None = None,
     ) -> None:
         # The references live here, so that they outlive a restart of the coordinator.
         self._data = put_data(data, population)
@@ -54,7 +57,7 @@ class FederatedRun:
             "checkpoint_every": checkpoint_every,
             "evaluate_every": evaluate_every,
         }
-        self._make = functools.partial(_build, config, spec)
+        self._make = make or functools.partial(_build, config, spec)
         self.actor: Any = self._start()
         self.restarts = 0
 
@@ -94,9 +97,10 @@ class FederatedRun:
 
     def _restart(self, error: RayActorError) -> None:
         """Start a new coordinator in place of a dead one; it goes on from the last checkpoint."""
-        if self.restarts >= MAX_RESTARTS:
+        # A constructor that fails would fail again: a damaged checkpoint, a wrong configuration.
+        if self.restarts >= MAX_RESTARTS or getattr(error, "actor_init_failed", False):
             raise RemoteError(
-                "federated coordinator", str(error).splitlines()[0],
+                "federated coordinator", str(error).strip().splitlines()[-1],
                 "Resume the run with --resume; look at the Ray logs for the cause",
             ) from error  # fmt: skip
         self.restarts += 1

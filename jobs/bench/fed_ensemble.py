@@ -54,7 +54,7 @@ CONFIG: dict[str, Any] = {
 def runs(profile: Profile) -> dict[str, PairedRun]:
     """All paired runs of a profile, by name; computed once."""
     seeds = profile.pick(1, 5)
-    rounds = profile.pick(120, 400)
+    rounds = profile.pick(300, 400)
     names = [name for name in data_sets() if profile.full or not name.endswith("-cnn")]
     return {
         f"{name} {scheme} {seed}": paired_run(name, scheme, seed, rounds)

@@ -25,6 +25,7 @@ from raysys.federated.core.messages import ScreenConfig
 from raysys.federated.core.model import Cnn, FromFactory, Mlp, ModelSpec, Task
 from raysys.federated.core.partition import PartitionConfig, partition
 from raysys.federated.core.population import Population
+from raysys.federated.core.scaffold import Scaffold
 from raysys.federated.core.server import OPTIMIZERS, Adam, Averaging, Momentum, ServerOptimizer
 from raysys.federated.core.strategy import Strategy
 
@@ -107,7 +108,7 @@ class ServerConfig:
     """How the server moves the model.
 
     Args:
-        name: "fedavg", "fedavgm", "fedadam", "fedyogi", or "qfedavg".
+        name: "fedavg", "fedavgm", "fedadam", "fedyogi", "qfedavg", or "scaffold".
         eta: server step; None takes the optimiser's default.
         beta: momentum of FedAvgM. beta1, beta2, tau: FedAdam and FedYogi. q: q-FedAvg.
         weighting: "samples" or "uniform".
@@ -123,7 +124,7 @@ class ServerConfig:
     weighting: str = "samples"
 
     def __post_init__(self) -> None:
-        check_choice(self, "name", (*OPTIMIZERS, "qfedavg"))
+        check_choice(self, "name", (*OPTIMIZERS, "qfedavg", "scaffold"))
         check_choice(self, "weighting", ("samples", "uniform"))
         check_range(self, "q", 0)
         self.optimizer()
@@ -184,18 +185,29 @@ def make_population(config: FederatedConfig, data: FederatedData) -> Population:
     return partition(data.targets, config.partition, config.seed, data.keys)
 
 
-def make_strategy(config: FederatedConfig, spec: ModelSpec) -> Strategy:
-    """The strategy that the configuration names."""
+def make_line(config: FederatedConfig, spec: ModelSpec) -> FedAvg:
+    """The model line that the configuration names."""
     server, k = config.server, config.clients_per_round
     if server.name == "qfedavg":
         return QFedAvg(spec, config.local, k, server.q, server.optimizer())
+    if server.name == "scaffold":
+        return Scaffold(spec, config.local, k, server.optimizer())
     return FedAvg(spec, config.local, k, server.optimizer(), server.weighting)
 
 
-def make_job(config: FederatedConfig, spec: ModelSpec, population: Population) -> FederatedJob:
-    """A fresh job; the same arguments always give the same job."""
+def make_job(
+    config: FederatedConfig,
+    spec: ModelSpec,
+    population: Population,
+    strategy: Strategy | None = None,
+) -> FederatedJob:
+    """A fresh job; the same arguments always give the same job.
+
+    Args:
+        strategy: what to run instead of the configuration's own model line.
+    """
     return FederatedJob(
-        make_strategy(config, spec),
+        strategy or make_line(config, spec),
         population,
         config.seed,
         config.execution,

@@ -48,7 +48,8 @@ class PermutationSchedule:
 
     def permutation(self, stratum: int, age: int) -> IntArray:
         """The order in which a stratum visits the models in an age, int64 [K]."""
-        return self._permutations(np.array([stratum]), np.array([age]))[0]
+        order: IntArray = self._permutations(np.array([stratum]), np.array([age]))[0]
+        return order
 
     def strata_of(self, clients: IntArray) -> IntArray:
         """The clients themselves, or the groups they are hashed into."""
@@ -75,7 +76,8 @@ class PermutationSchedule:
         if isinstance(self.strata, int):
             ages = np.full(len(clients), round_id // self.k)
             orders = self._permutations(self.strata_of(clients), ages)
-            return orders[:, round_id % self.k]
+            models: IntArray = orders[:, round_id % self.k]
+            return models
         ages, places = np.divmod(self._counter[clients], self.k)
         models = self._permutations(clients, ages)[np.arange(len(clients)), places]
         if self._swapped:
@@ -159,6 +161,8 @@ class PermutationSchedule:
         for place in range(len(clients) - 1, -1, -1):
             thin = int(np.argmin(counts))
             full = int(models[place])
+            if counts.max() <= max(2 * counts.min(), 1):
+                return
             uneven = counts[full] > 2 * counts[thin] and counts[full] - counts[thin] >= 2
             starving = self._starved[thin] >= STARVED_ROUNDS and counts[thin] == 0
             if full != thin and (uneven or starving) and self._swap(int(clients[place]), thin):
