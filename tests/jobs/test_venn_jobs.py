@@ -17,6 +17,7 @@ from actors.venn.cluster import ClusterConfig, VennCluster
 from actors.venn.log import Replica
 from actors.venn.processes import ProcessDeployment, deployment
 from actors.venn.twin import Twin
+from jobs import launcher
 from jobs.bench import venn as bench
 from jobs.tour.stage import StageContext
 from jobs.tour.stages.venn import STAGE
@@ -134,6 +135,29 @@ def test_service_on_ray(ray_session: Session, tmp_path: Path) -> None:
     finally:
         cluster.close()
         cluster.close()
+
+
+def test_serve_prints_addresses_and_stops(
+    ray_session: Session,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(launcher.JobContext, "ray", lambda self, **changes: ray_session)
+    settings = {
+        "folder": tmp_path / "state",
+        "duration_s": 1,
+        "watch_interval_s": 0.5,
+        "cluster.gateways": 1,
+        "cluster.standby": "false",
+    }
+    words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    assert venn(["serve", *words, "--run-dir", str(tmp_path / "run")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("scheduler 127.0.0.1:")
+    assert lines[1].startswith("gateways 127.0.0.1:")
+    assert "looked at 2 times" in lines[2]
+    assert list((tmp_path / "state").glob("log-*.jsonl"))
 
 
 def test_tour_stage_at_its_smallest(ray_session: Session, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from raysys.report import Plot, new_figure
 WORKLOADS = ("even", "small", "low", "general")
 DAY_S = 86_400.0
 HOUR_S = 3600.0
+WAIT_SLOTS = 30
 
 
 def policies() -> dict[str, Policy]:
@@ -155,17 +156,22 @@ def _demand_plot(results: dict[str, dict[str, SimResult]], trace: Trace) -> Plot
 def _wait_plot(results: dict[str, dict[str, SimResult]]) -> Plot:
     name, outcomes = next(iter(results.items()))
     figure, axes = new_figure()
+    last_s = max(job.opens_s[-1] for result in outcomes.values() for job in result.jobs)
+    width_s = last_s / WAIT_SLOTS
     for label, result in outcomes.items():
         opened = np.concatenate([job.opens_s for job in result.jobs])
         lasted = np.concatenate([job.closes_s for job in result.jobs]) - opened
-        slots = (opened // (4 * HOUR_S)).astype(int)
+        slots = (opened // width_s).astype(int)
         counts = np.bincount(slots)
         means = np.bincount(slots, weights=lasted)[counts > 0] / counts[counts > 0]
-        axes.plot(np.flatnonzero(counts) * 4 * HOUR_S / DAY_S, means, label=label)
+        axes.plot(np.flatnonzero(counts) * width_s / DAY_S, means, label=label)
     axes.set_xlabel("simulated days")
-    axes.set_ylabel("seconds from opening to the last needed answer")
+    axes.set_ylabel("seconds per round")
     axes.legend()
-    caption = f"{name} workload; mean over the successful rounds opened in four hours"
+    caption = (
+        f"{name} workload; from opening to the last needed answer, mean over the successful rounds "
+        f"opened in {width_s / HOUR_S:.1f} h"
+    )
     return Plot(title="How long a round takes", caption=caption, figure=figure)
 
 

@@ -37,7 +37,7 @@ def test_records_are_joined_in_order_of_start() -> None:
     ("change", "reason"),
     [
         ({"intervals": ([], [])}, "empty"),
-        ({"intervals": ([1.0], [0.0])}, "ends before"),
+        ({"intervals": ([1.0], [-1.0])}, "ends before"),
         ({"intervals": ([np.nan], [1.0])}, "not finite"),
         ({"capacity": ([0.0], [1.0])}, "not positive"),
         ({"capacity": ([], [])}, "empty"),

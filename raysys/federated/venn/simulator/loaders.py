@@ -51,7 +51,7 @@ def build_trace(
     mask = np.asarray(masks, dtype=np.int64).reshape(-1)
     if not len(mask):
         raise DataError("masks", "no records", "Give at least one eligibility mask")
-    if np.any(duration <= 0):
+    if np.any(duration < 0):  # rounded to nothing is still a check-in with its grace
         raise DataError("intervals", "an interval ends before it starts", "Drop such intervals")
     if np.any(compute <= 0) or np.any(bandwidth <= 0):
         raise DataError("capacity", "a value is not positive", "Drop devices without a record")
