@@ -27,8 +27,10 @@ from raysys.training.ccs import (
     select_ccs,
 )
 from raysys.training.datasets import LabelledArrays
-from raysys.training.kgt import KGT, DataDescription, KGTConfig, NoFreezing
+from raysys.training.kgt import KGT, DataDescription, EventLog, KGTConfig, NoFreezing
+from raysys.training.kgt.baselines import schedule_of
 from raysys.training.kgt.config import resolve
+from raysys.training.kgt.controller import EventSink, ignore
 from raysys.training.kgt.loop import Recipe, TrainData, TrainLoop
 from raysys.training.kgt.models import ResNet, resnet1d, resnet20
 from raysys.training.kgt.plan import parse
@@ -157,13 +159,15 @@ def resume_runs(kills: int) -> list[dict[str, Any]]:
     rows = []
     rng = np.random.default_rng(0)
     for optimizer in ("sgd", "adamw"):
-        whole = _resumable(optimizer)
+        events = EventLog()
+        whole = _resumable(optimizer, log=events)
         whole.run()
-        applied = whole.kgt.freezer.upto
+        switches = schedule_of(events.rows)
         weights = {k: v.clone() for k, v in whole.model.state_dict().items()}
         whole.close()
         for index in range(kills):
-            low, high = (5, 60) if index % 2 == 0 else (60, whole.total_steps - 5)
+            half = whole.total_steps // 2
+            low, high = (5, half) if index % 2 == 0 else (half, whole.total_steps - 5)
             step = int(rng.integers(low, high))
             signalled, resumed = _killed_and_resumed(optimizer, step)
             same = all(torch.equal(weights[k], v) for k, v in resumed.model.state_dict().items())
@@ -172,7 +176,7 @@ def resume_runs(kills: int) -> list[dict[str, Any]]:
                     "optimizer": optimizer,
                     "killed_at_step": step,
                     "killed_by_signal": signalled,
-                    "frozen_at_end": applied,
+                    "switches": switches,
                     "identical": same and signalled == signal.SIGKILL,
                 }
             )
@@ -180,7 +184,7 @@ def resume_runs(kills: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _resumable(optimizer: str, folder: str = "") -> TrainLoop:
+def _resumable(optimizer: str, folder: str = "", log: EventSink = ignore) -> TrainLoop:
     torch.set_num_threads(1)
     torch.manual_seed(3)
     split = datasets.digits()
@@ -189,11 +193,13 @@ def _resumable(optimizer: str, folder: str = "") -> TrainLoop:
         cache=dataclasses.replace(tasks.cached(), directory=folder or tempfile.mkdtemp()),
     )  # fmt: skip
     recipe = Recipe(
-        epochs=8, batch_size=64, optimizer=optimizer, lr=0.02 if optimizer == "sgd" else 0.002
+        epochs=5, batch_size=64, optimizer=optimizer, lr=0.02 if optimizer == "sgd" else 0.002
     )
     network = ResNet(10, widths=(8, 8, 16))
     signature = [["stem.0"], ["stem.1"], ["blocks.0"], ["blocks.1"], ["blocks.2"], ["head"]]
-    return TrainLoop(network, tasks.train_data(split.train), recipe, options, signature=signature)
+    return TrainLoop(
+        network, tasks.train_data(split.train), recipe, options, signature=signature, log=log
+    )
 
 
 def _killed_and_resumed(optimizer: str, step: int) -> tuple[int, TrainLoop]:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,9 @@ def test_two_workers_switch_together_and_reduce_fewer_bytes(
         },
     }  # fmt: skip
     config = config_from_dict(TrainConfig, values)
-    metrics = train_parallel(config, str(tmp_path / "store"), "two")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray Train's use of Ray Data's deprecated options
+        metrics = train_parallel(config, str(tmp_path / "store"), "two")
     assert metrics["step"] == 32
     assert metrics["frozen"] > 0
     assert all((step % 2) == 0 for step, _ in metrics["applied"])

@@ -88,8 +88,10 @@ class ActivationCache:
         self._clock = clock
         self._lock = DirectoryLock(Path(config.directory))
         self._stores: list[BoundaryStore] = []
-        self._dtype = config.dtype
         self._boundary = 0
+        # Boundaries since the last release, each with its precision: rows are rounded at every one
+        # of them, so that converted and computed rows are the same.
+        self._path: dict[int, str] = {}
         self._version = 0
         self._checksums: dict[int, int] = {}
         self._turn = 0
@@ -119,12 +121,14 @@ class ActivationCache:
             self._version += 1
             self._drop(self._stores)
             self._stores = []
+            self._path = {}
         else:
             # One older boundary is worth keeping: its rows are inputs of the new modules.
             self._drop(self._stores[:-1])
             self._stores = self._stores[-1:]
         self._boundary = boundary
-        self._dtype = self.config.dtype
+        if boundary:
+            self._path[boundary] = self.config.dtype
         self._probes, self._paused = [], False
 
     def gather(self, ids: IntArray, inputs: Sequence[Tensor], compute: Compute) -> Tensor:
@@ -136,12 +140,24 @@ class ActivationCache:
             compute: runs modules of the prefix.
         """
         if not self.active:
-            return self._rounded(compute(inputs, self._boundary, None, 0))
+            return self._computed(inputs, compute)
         try:
             return self._gather(ids, inputs, compute)
         except StorageError as error:
             self.turn_off(str(error))
-            return self._rounded(compute(inputs, self._boundary, None, 0))
+            return self._computed(inputs, compute)
+
+    def _computed(
+        self, inputs: Sequence[Tensor], compute: Compute, h: Tensor | None = None, start: int = 0
+    ) -> Tensor:
+        """Run the prefix from ``start`` on, rounding at each boundary of the path."""
+        value, at = h, start
+        for boundary in sorted(self._path):
+            if boundary > at:
+                value = self._rounded(compute(inputs, boundary, value, at), boundary)
+                at = boundary
+        assert value is not None
+        return value
 
     def _gather(self, ids: IntArray, inputs: Sequence[Tensor], compute: Compute) -> Tensor:
         store = self._current()
@@ -151,7 +167,7 @@ class ActivationCache:
         hit = store.hits(slots)
         if hit.all():
             if not self._same_inputs(ids, inputs):
-                return self._rounded(compute(inputs, self._boundary, None, 0))
+                return self._computed(inputs, compute)
             return self._read(store, ids, slots)
         if not hit.any():
             return self._compute_and_keep(ids, inputs, compute)
@@ -183,14 +199,13 @@ class ActivationCache:
             slots = older.slots(ids)
             if older.hits(slots).all():
                 begin = older.key.boundary
-                rows = compute(inputs, self._boundary, older.read(slots), begin)
+                rows = self._computed(inputs, compute, older.read(slots), begin)
                 self.stats.converted += len(ids)
         if rows is None:
-            rows = compute(inputs, self._boundary, None, 0)
+            rows = self._computed(inputs, compute)
         spent = self._clock() - start
         self.stats.misses += len(ids)
         self.stats.compute_s += spent
-        rows = self._rounded(rows)
         self._keep(ids, inputs, rows, spent)
         return rows
 
@@ -233,13 +248,13 @@ class ActivationCache:
         )
         return False
 
-    def _rounded(self, rows: Tensor) -> Tensor:
-        if self._dtype == "fp16" and float(rows.abs().amax()) > _FP16_MAX:
-            self._dtype = "bf16"
-            self._drop([store for store in self._stores if store.key.boundary == self._boundary])
-            self._stores = [s for s in self._stores if s.key.boundary != self._boundary]
+    def _rounded(self, rows: Tensor, boundary: int) -> Tensor:
+        if self._path[boundary] == "fp16" and float(rows.abs().amax()) > _FP16_MAX:
+            self._path[boundary] = "bf16"
+            self._drop([store for store in self._stores if store.key.boundary == boundary])
+            self._stores = [s for s in self._stores if s.key.boundary != boundary]
             self._stop_reading_ahead()
-        return rows.to(DTYPES[self._dtype]).to(torch.float32)
+        return rows.to(DTYPES[self._path[boundary]]).to(torch.float32)
 
     def _current(self) -> BoundaryStore | None:
         newest = self._stores[-1] if self._stores else None
@@ -250,7 +265,7 @@ class ActivationCache:
         return oldest if oldest is not None and oldest.key.boundary < self._boundary else None
 
     def _new_store(self, rows: Tensor) -> BoundaryStore:
-        return self._open_store(tuple(rows.shape[1:]), self._dtype, self._boundary)
+        return self._open_store(tuple(rows.shape[1:]), self._path[self._boundary], self._boundary)
 
     def _open_store(self, shape: tuple[int, ...], dtype: str, boundary: int) -> BoundaryStore:
         key = StoreKey(
@@ -303,7 +318,7 @@ class ActivationCache:
         return {
             "boundary": self._boundary,
             "version": self._version,
-            "dtype": self._dtype,
+            "path": dict(self._path),
             "paused": self._paused,
             "probes": list(self._probes),
             "turn": self._turn,
@@ -321,7 +336,7 @@ class ActivationCache:
         for key, valid in state["stores"]:
             store = self._open_store(tuple(key["shape"]), key["dtype"], key["boundary"])
             store.restore(valid)
-        self._dtype = state["dtype"]
+        self._path = dict(state["path"])
 
     def close(self, *, keep: bool = False) -> None:
         """Release the directory; rows are deleted unless ``keep``. May be called twice."""
