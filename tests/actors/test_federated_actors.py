@@ -15,7 +15,7 @@ from actors.federated.driver import FederatedRun
 from actors.federated.pool import Call, WorkerPool
 from actors.federated.worker import WorkerActor
 from actors.session import Session
-from raysys.errors import ConfigError, DataError, RemoteError
+from raysys.errors import ConfigError, RemoteError
 from raysys.federated.core.datasets import FederatedData
 from raysys.federated.core.model import FlatWeights, ModelSpec, initial_weights
 from raysys.federated.core.population import Population
@@ -80,14 +80,12 @@ def test_worker_is_a_plain_class(parts: tuple[FederatedData, Population, ModelSp
     worker.close()
 
 
-@pytest.mark.parametrize("workers", [1, 3])  # two workers: the tests below
-def test_any_number_of_workers_gives_the_same_bits(
+def test_three_workers_give_the_same_bits_as_one_process(
     ray_session: Session,
     parts: tuple[FederatedData, Population, ModelSpec],
     expected: FlatWeights,
-    workers: int,
 ) -> None:
-    run = FederatedRun(RECIPE, *parts, workers=workers, worker_cpus=0, evaluate_every=3)
+    run = FederatedRun(RECIPE, *parts, workers=3, worker_cpus=0, evaluate_every=3)
     summaries = list(run.rounds(ROUNDS))
     assert [s.round_id for s in summaries] == list(range(ROUNDS))
     assert [s.score is not None for s in summaries] == [False, False, True] * 2
@@ -156,7 +154,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     for file in Path(run_uri, "checkpoints").glob("*/state.arrow"):
         file.write_bytes(b"damaged")
     broken = FederatedRun(RECIPE, *parts, **options)
-    with pytest.raises((ray.exceptions.RayActorError, DataError, RemoteError), match="damaged"):
+    with pytest.raises(RemoteError, match="damaged"):
         list(broken.rounds(ROUNDS, have=4))
 
 

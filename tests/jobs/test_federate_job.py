@@ -9,10 +9,6 @@ import pytest
 
 from actors.session import Session
 from jobs import federate, launcher
-from raysys.config import config_from_dict
-from raysys.errors import CapabilityError, ConfigError, DataError
-from raysys.federated.core.datasets import load_npz_data, read_idx
-from raysys.federated.core.recipe import DataConfig, FederatedConfig, load_data
 from raysys.federated.core.serialize import unpack_arrays
 from raysys.runs import RunDirectory
 
@@ -70,34 +66,3 @@ def test_bad_configuration_is_one_line_and_an_exit_code(
     error = capsys.readouterr().err
     assert word in error
     assert "Traceback" not in error
-
-
-def test_your_own_archive(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    path = tmp_path / "own.npz"
-    np.savez(
-        path, inputs=rng.random((50, 4)), targets=rng.integers(0, 3, 50), client=np.arange(50) % 7
-    )
-    data = load_npz_data(path)
-    assert (len(data.targets), len(data.test_targets), data.classes) == (40, 10, 3)
-    assert data.keys is not None
-    config = config_from_dict(FederatedConfig, {"data": {"name": "npz", "path": str(path)}})
-    assert load_data(config.data, 0, None).name == "own"
-    np.savez(tmp_path / "objects.npz", inputs=np.array([{}]), targets=np.zeros(1))
-    with pytest.raises(DataError):
-        load_npz_data(tmp_path / "objects.npz")
-    np.savez(tmp_path / "half.npz", inputs=np.zeros(3))
-    with pytest.raises(DataError, match="targets"):
-        load_npz_data(tmp_path / "half.npz")
-
-
-def test_missing_and_damaged_files(tmp_path: Path) -> None:
-    with pytest.raises(CapabilityError, match="data folder"):
-        load_data(DataConfig(name="mnist"), 0, None)
-    with pytest.raises(CapabilityError, match="does not exist"):
-        load_data(DataConfig(name="mnist"), 0, tmp_path)
-    (tmp_path / "x.gz").write_bytes(b"no gzip")
-    with pytest.raises(DataError):
-        read_idx(tmp_path / "x.gz", 2051)
-    with pytest.raises(ConfigError, match="path"):
-        DataConfig(name="npz")

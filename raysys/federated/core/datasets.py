@@ -1,4 +1,4 @@
-"""Federated data sets: packaged digits, MNIST and Fashion-MNIST idx files, NumPy archives.
+"""Federated data sets: packaged digits, MNIST and Fashion-MNIST idx files.
 
 Loaders return plain arrays; how they are dealt to clients is :mod:`partition`. Reading happens
 only in functions that are given a path.
@@ -121,42 +121,6 @@ def load_fashion_data(
     )
 
 
-def load_npz_data(path: Path, seed: int = 0) -> FederatedData:
-    """A NumPy archive with ``inputs``, ``targets`` and optionally ``client``, ``test_inputs``,
-    ``test_targets``; without a test part a fifth is held out.
-
-    Pickled arrays are refused.
-
-    Raises:
-        CapabilityError: no such file. DataError: not an archive, or an array is missing.
-    """
-    _must_exist(path)
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError) as error:
-        raise DataError(str(path), str(error), "Save it with numpy.savez(path, ...)") from error
-    missing = {"inputs", "targets"} - set(arrays)
-    if missing:
-        raise DataError(str(path), f"has no array {sorted(missing)}", "Name them so")
-    targets = arrays["targets"]
-    classes = int(targets.max()) + 1 if np.issubdtype(targets.dtype, np.integer) else 0
-    if "test_inputs" not in arrays:
-        held_out = max(1, len(targets) // 5)
-        return split(
-            path.stem, arrays["inputs"], targets, classes, held_out, seed, arrays.get("client")
-        )
-    return FederatedData(
-        name=path.stem,
-        inputs=arrays["inputs"],
-        targets=targets,
-        test_inputs=arrays["test_inputs"],
-        test_targets=arrays["test_targets"],
-        classes=classes,
-        keys=arrays.get("client"),
-    )
-
-
 def split(
     name: str,
     inputs: Inputs,
@@ -186,7 +150,7 @@ def read_idx(path: Path, magic: int) -> npt.NDArray[np.uint8]:
     Raises:
         CapabilityError: the file is not there. DataError: damaged, or another kind of idx file.
     """
-    _must_exist(path)
+    must_exist(path)
     try:
         raw = gzip.decompress(path.read_bytes())
     except (OSError, EOFError) as error:
@@ -236,7 +200,8 @@ def _clean_targets(name: str, targets: Inputs, classes: int) -> Inputs:
     return labels
 
 
-def _must_exist(path: Path) -> None:
+def must_exist(path: Path) -> None:
+    """Raise a CapabilityError unless the file is there."""
     if not path.is_file():
         raise CapabilityError(
             f"data file {path.name}", f"{path} does not exist",

@@ -15,7 +15,6 @@ from raysys.federated.core.datasets import (
     load_digits_data,
     load_fashion_data,
     load_mnist_data,
-    load_npz_data,
 )
 from raysys.federated.core.devices import DeviceConfig
 from raysys.federated.core.engine import ExecutionConfig, FederatedJob
@@ -23,13 +22,14 @@ from raysys.federated.core.fedavg import FedAvg, QFedAvg
 from raysys.federated.core.local import LocalConfig
 from raysys.federated.core.messages import ScreenConfig
 from raysys.federated.core.model import Cnn, FromFactory, Mlp, ModelSpec, Task
+from raysys.federated.core.own_data import load_npz_data, load_parquet_data
 from raysys.federated.core.partition import PartitionConfig, partition
 from raysys.federated.core.population import Population
 from raysys.federated.core.scaffold import Scaffold
 from raysys.federated.core.server import OPTIMIZERS, Adam, Averaging, Momentum, ServerOptimizer
 from raysys.federated.core.strategy import Strategy
 
-DATA = ("digits", "mnist", "fashion-mnist", "npz")
+DATA = ("digits", "mnist", "fashion-mnist", "npz", "parquet")
 FOLDERS = {"mnist": "mnist-t10k", "fashion-mnist": "fashion-mnist"}
 
 
@@ -38,8 +38,9 @@ class DataConfig:
     """Which samples.
 
     Args:
-        name: "digits" (packaged), "mnist" and "fashion-mnist" (files in the data folder), or "npz"
-            (your own archive at ``path``; arrays ``inputs``, ``targets``, optionally ``client``).
+        name: "digits" (packaged), "mnist" and "fashion-mnist" (files in the data folder), "npz"
+            (your own archive at ``path``; arrays ``inputs``, ``targets``, optionally ``client``),
+            or "parquet" (your own table at ``path``; a column ``target``, optionally ``client``).
         side: side of the images after pooling, for the image sets.
         train: keep a seeded subset of Fashion-MNIST's training samples; None keeps all.
     """
@@ -51,7 +52,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_choice(self, "name", DATA)
-        check(self, "path", (self.name == "npz") == (self.path is not None), "a path for npz only")
+        own = self.name in ("npz", "parquet")
+        check(self, "path", own == (self.path is not None), "a path for npz and parquet only")
         check_range(self, "side", 1)
         if self.train is not None:
             check_range(self, "train", 1)
@@ -169,6 +171,9 @@ def load_data(config: DataConfig, seed: int, folder: Path | None) -> FederatedDa
     if config.name == "npz":
         assert config.path is not None
         return load_npz_data(Path(config.path), seed)
+    if config.name == "parquet":
+        assert config.path is not None
+        return load_parquet_data(Path(config.path), seed=seed)
     if folder is None:
         raise CapabilityError(
             f"data set {config.name}", "there is no data folder on this machine",

@@ -74,7 +74,8 @@ class Scaffold(FedAvg):
         kept = np.flatnonzero(table.ok)
         change = table.controls[kept] - self._mean_control.astype(np.float32)
         for place, client in zip(range(len(kept)), table.clients[kept]):
-            self._rows[self._row(int(client))] += change[place]
+            row = self._row(int(client))  # may replace the store, so it comes first
+            self._rows[row] += change[place]
         self._mean_control = self._mean_control + change.sum(axis=0, dtype=np.float64) / (
             self._population
         )
