@@ -1,9 +1,13 @@
-"""Fit the step-time model of serving from an engine's step log.
+"""Measure this machine's serving engine: fit the step time that planner and simulator use.
 
-The log has one JSON object a line, as docs/andes.md describes: batch, prefill_tokens,
-context_tokens, seconds. The result is step_time.yaml in the run directory: the section
-`step_time` of the Andes scheduler and of the simulator.
+Without a log, an engine with the packaged model is started, loaded with bursts of growing size, and
+asked what its scheduler learnt. With a step log (docs/andes.md: batch, prefill_tokens,
+context_tokens, seconds, one JSON object a line) that is fitted, and no engine is needed.
 
+The result is step_time.yaml in the run directory: the section `step_time` of the Andes scheduler
+and of the simulator.
+
+    raysys calibrate
     raysys calibrate --set log=steps.jsonl
 """
 
@@ -12,8 +16,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -23,6 +29,7 @@ from raysys.config import check, check_range
 from raysys.errors import DataError, StorageError
 from raysys.serving.andes.models import StepTime, fit_step_time
 from raysys.serving.andes.snapshot import FloatArray
+from raysys.serving.prompts import PROMPTS
 
 COLUMNS = ("batch", "prefill_tokens", "context_tokens", "seconds")
 
@@ -32,17 +39,22 @@ class CalibrateConfig:
     """Options.
 
     Args:
-        log: step log, JSON lines.
+        log: step log, JSON lines; empty measures an engine.
+        bursts: sizes of the bursts that the engine gets, one after the other.
+        tokens: answer length in those bursts.
         skip: steps left out at the start, while the engine warms up.
         trim: share of the slowest steps left out on top (page faults, other processes).
     """
 
     log: str = ""
+    bursts: tuple[int, ...] = (1, 2, 4, 8, 16, 16)
+    tokens: int = 48
     skip: int = 16
     trim: float = 0.01
 
     def __post_init__(self) -> None:
-        check(self, "log", bool(self.log), "a file", "Say --set log=steps.jsonl")
+        check(self, "bursts", bool(self.bursts) and min(self.bursts) >= 1, "sizes of at least 1")
+        check_range(self, "tokens", 2, 100_000)
         check_range(self, "skip", 0)
         check_range(self, "trim", 0.0, 0.5)
 
@@ -96,34 +108,78 @@ def held_out_error(steps_TC: FloatArray) -> float:
     return float(np.median(np.abs(predicted - test[:, 3]) / test[:, 3]))
 
 
-def describe(step_time: StepTime, steps_TC: FloatArray, residual: float) -> list[str]:
-    """The fit in words."""
-    lines = [
+def measure_engine(config: CalibrateConfig, context: JobContext) -> tuple[StepTime, int]:
+    """Load an engine on this machine and read what its latency model learnt, and from how much.
+
+    Raises:
+        CapabilityError: vLLM or the packaged model is not installed.
+        RemoteError: the engine failed, or its scheduler tells nothing.
+    """
+    from actors.andes.engine_settings import AndesEngineConfig
+    from actors.serving.client import Chat, ChatClient, require_complete
+    from actors.serving.config import ServingConfig
+    from actors.serving.endpoint import Endpoint, free_port
+    from jobs.bench.andes_engine import fresh_status
+
+    context.ray(num_cpus=2)
+    with tempfile.TemporaryDirectory(prefix="raysys-calibrate-") as folder:
+        path = Path(folder) / "status.json"
+        andes = AndesEngineConfig(status_file=str(path))
+        endpoint = ServingConfig(port=free_port(), andes=andes)
+        tell = context.console.print
+        with Endpoint.start(endpoint, report=lambda text: tell(f"{text} ...")):
+            client = ChatClient(endpoint.url, endpoint.model.name)
+            with context.progress("bursts", total=len(config.bursts)) as advance:
+                for size in config.bursts:
+                    chats = [
+                        Chat(prompt=prompt, max_tokens=config.tokens, exact_length=True)
+                        for prompt in (PROMPTS * size)[:size]
+                    ]
+                    require_complete(client.burst(chats))
+                    advance(1)
+            status = fresh_status(path)
+    return StepTime(**status["step_time"]), int(status["steps"])
+
+
+def formula(step_time: StepTime) -> str:
+    """The step time in words."""
+    return (
         f"step = {1e3 * step_time.base_s:.3g} ms"
         f" + {1e3 * step_time.per_sequence_s:.3g} ms per sequence"
         f" + {1e3 * step_time.per_prefill_token_s:.3g} ms per prefill token"
-        f" + {1e6 * step_time.per_context_token_s:.3g} us per context token",
-        f"fitted to {len(steps_TC)} steps, relative residual {residual:.1%} (root mean square), "
-        f"held-out error {held_out_error(steps_TC):.1%} (median)",
-    ]
-    for name, column in zip(COLUMNS[:2], (0, 1)):
-        if np.ptp(steps_TC[:, column]) == 0:
-            lines.append(f"warning: {name} never changes in the log, so its share is a guess")
-    return lines
+        f" + {1e6 * step_time.per_context_token_s:.3g} us per context token"
+    )
 
 
-def run(config: CalibrateConfig, context: JobContext) -> Summary:
+def fit_log(config: CalibrateConfig) -> tuple[StepTime, dict[str, Any], list[str]]:
+    """Fit the log: coefficients, figures for the result, and lines to print."""
     steps = select_steps(read_step_log(Path(config.log)), config.skip, config.trim)
     if len(steps) < 16:
         reason = f"holds {len(steps)} usable steps after the first {config.skip}"
         raise DataError(config.log, reason, "Record at least some hundred steps, or lower skip")
     step_time, residual = fit_step_time(*steps.T)
+    error = held_out_error(steps)
+    lines = [
+        f"fitted to {len(steps)} steps, relative residual {residual:.1%} (root mean square), "
+        f"held-out error {error:.1%} (median)"
+    ]
+    for column, name in enumerate(COLUMNS[:2]):
+        if np.ptp(steps[:, column]) == 0:
+            lines.append(f"warning: {name} never changes in the log, so its share is a guess")
+    return step_time, {"steps": len(steps), "residual": residual, "held_out_error": error}, lines
+
+
+def run(config: CalibrateConfig, context: JobContext) -> Summary:
+    if config.log:
+        step_time, figures, lines = fit_log(config)
+    else:
+        step_time, steps = measure_engine(config, context)
+        figures, lines = {"steps": steps}, [f"learnt by the engine's scheduler in {steps} steps"]
     fields = dataclasses.asdict(step_time)
     text = yaml.safe_dump({"step_time": fields})
     context.run.storage.write("step_time.yaml", text.encode())
-    result = {**fields, "steps": len(steps), "residual": residual}
-    context.run.write_json("result.json", {**result, "held_out_error": held_out_error(steps)})
-    return Summary(lines=describe(step_time, steps, residual), report="step_time.yaml")
+    context.run.write_json("result.json", {**fields, **figures})
+    return Summary(lines=[formula(step_time), *lines], report="step_time.yaml")
 
 
 JOB = Job(name="calibrate", config=CalibrateConfig, run=run)

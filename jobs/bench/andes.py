@@ -1,7 +1,8 @@
-"""Andes benchmark: QoE-aware scheduling against first-come first-served, in virtual time.
+"""Andes benchmark: QoE-aware scheduling against first-come first-served.
 
-Open-loop arrivals, every request served to its last token and counted. "Better FCFS" is the better
-of two engines: chunked prefill beside decodes, and prefill steps that stall decodes.
+In virtual time here, on the real engine in :mod:`jobs.bench.andes_engine`. Arrivals are open-loop,
+every request is served to its last token and counted. "Better FCFS" is the better of two engines:
+chunked prefill beside decodes, and prefill steps that stall decodes.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from jobs.bench import andes_engine
 from jobs.bench.andes_simulator import ABLATIONS, MACHINES, SPEED, Case, Simulations, crossing
-from raysys.bench import Baseline, Claim, Profile
+from raysys.bench import Baseline, Claim, ClaimFunction, Profile
 from raysys.serving.andes.packing import exact_pack, greedy_order, greedy_pack, pack
 from raysys.serving.andes.scheduler import AndesScheduler
 from raysys.serving.andes.simulator.policies import BASELINES
@@ -29,6 +31,7 @@ CONFIG: dict[str, Any] = {
     "lengths": "prompt lognormal(ln 160, 1), output lognormal(ln 250, 0.8) up to 1,500",
     "readers": "reading classes by age, TTFT target max(1, prompt / 5000) s",
     "cheap_restore": "a tenth of recomputing",
+    **andes_engine.CONFIG,
 }
 FCFS = ("fcfs", "fcfs_prefill_first")
 _SIMULATIONS = Simulations()
@@ -374,7 +377,7 @@ def ablations(profile: Profile) -> Claim:
     )
 
 
-CLAIMS = {
+CLAIMS: dict[str, ClaimFunction] = {
     "qoe_cyclic_1p4": qoe_cyclic_1p4,
     "rate_at_qoe_0p9_cyclic": rate_at_qoe_0p9_cyclic,
     "rate_at_qoe_0p9_poisson": rate_at_qoe_0p9_poisson,
@@ -386,4 +389,5 @@ CLAIMS = {
     "plan_share_of_step": plan_share_of_step,
     "dp_gap": dp_gap,
     "ablations": ablations,
+    **andes_engine.CLAIMS,
 }

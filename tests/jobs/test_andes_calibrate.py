@@ -64,8 +64,8 @@ def test_bad_logs_are_refused(tmp_path):
         read_step_log(log)
     with pytest.raises(StorageError):
         read_step_log(tmp_path / "absent")
-    with pytest.raises(ConfigError, match="log"):
-        CalibrateConfig()
+    with pytest.raises(ConfigError, match="bursts"):
+        CalibrateConfig(bursts=(0,))
 
 
 def test_too_few_steps_is_an_error_of_the_log(tmp_path, capsys):
