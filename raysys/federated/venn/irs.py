@@ -13,7 +13,7 @@ down, so that no eligible device is refused while an eligible job waits.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal
@@ -21,12 +21,14 @@ from typing import Literal
 import numpy as np
 
 from raysys.config import check, check_choice, check_range
+from raysys.errors import ConfigError
+from raysys.federated.venn.columns import ColumnPlan, RequestColumns
 from raysys.federated.venn.fairness import queue_factor, request_factor
 from raysys.federated.venn.requests import GroupedPlan, Request
 from raysys.federated.venn.supply import TINY_RATE, SupplyView
 
 DemandScope = Literal["round", "total", "blend"]
-SORT_IN_NUMPY_ABOVE = 256
+COLUMNS_ABOVE = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,10 +63,10 @@ class IRSConfig:
 
 @dataclass(slots=True)
 class _Group:
-    """A group while the plan is made."""
+    """A group while the plan is made; ``cumulative`` are sums of sizes in service order."""
 
     index: int
-    requests: list[Request]
+    count: int
     cumulative: list[float]
     queue: float
     supply: float
@@ -85,23 +87,78 @@ class IRS:
         Requests without remaining demand are ignored. Cost O(m log m + n^2) for m requests and n
         groups, each comparison on bitsets of atoms.
         """
-        groups = self._groups(requests, supply)
-        scarce_first = sorted(groups, key=lambda group: (group.supply, group.index))
+        if len(requests) > COLUMNS_ABOVE and not self.config.eps:
+            return self._plan_many(requests, supply)
+        order, sizes, groups = self._groups(requests, supply)
+        owner = self._split(groups, supply)
+        yields = self.config.yield_factor is not None
+        return GroupedPlan(
+            order=order,
+            owner=owner,
+            scarcity=[group.index for group in _scarce_first(groups)],
+            masks=supply.masks,
+            allocated={group.index: group.allocated for group in groups},
+            sizes=sizes if yields else {},
+            yield_factor=self.config.yield_factor,
+        )
+
+    def plan_columns(self, columns: RequestColumns, supply: SupplyView) -> ColumnPlan:
+        """The same decision over columns; the starvation knob must be 0.
+
+        Raises:
+            ConfigError: ``eps`` is not 0.
+        """
+        if self.config.eps:
+            raise ConfigError("eps", self.config.eps, "0 when planning over columns")
+        sizes = columns.sizes(self.config.demand_scope, self.config.blend)
+        rows = columns.service_order(sizes)
+        present, first = np.unique(columns.group[rows], return_index=True)
+        edges = [*first.tolist(), len(rows)]
+        sums = np.cumsum(sizes[rows])
+        groups, spans = [], {}
+        for place, index in enumerate(present.tolist()):
+            low, high = edges[place], edges[place + 1]
+            spans[index] = (low, high)
+            before = sums[low - 1] if low else 0.0
+            cumulative = (sums[low:high] - before).tolist()
+            rate, atoms = supply.group_rates[index], supply.group_atoms[index]
+            count = high - low
+            groups.append(_Group(index, count, cumulative, float(count), rate, atoms))
+        owner = self._split(groups, supply)
+        return ColumnPlan(
+            rows,
+            spans,
+            owner,
+            [group.index for group in _scarce_first(groups)],
+            {group.index: group.allocated for group in groups},
+            sizes,
+        )
+
+    def _plan_many(self, requests: Sequence[Request], supply: SupplyView) -> GroupedPlan:
+        columns = RequestColumns.of(requests)
+        plan = self.plan_columns(columns, supply)
+        ordered = [requests[row] for row in plan.rows.tolist()]
+        yields = self.config.yield_factor is not None
+        return GroupedPlan(
+            order={group: ordered[low:high] for group, (low, high) in plan.spans.items()},
+            owner=plan.owner,
+            scarcity=plan.scarcity,
+            masks=supply.masks,
+            allocated=plan.allocated,
+            sizes=dict(zip(columns.job.tolist(), plan.sizes.tolist())) if yields else {},
+            yield_factor=self.config.yield_factor,
+        )
+
+    def _split(self, groups: list[_Group], supply: SupplyView) -> list[int]:
+        """Steps 2 and 3: the owner of every atom."""
+        scarce_first = _scarce_first(groups)
         _first_split(scarce_first, supply)
         self._exchange(scarce_first[::-1], supply)
         owner = [-1] * len(supply.masks)
         for group in groups:
             for atom in _bits(group.owned):
                 owner[atom] = group.index
-        return GroupedPlan(
-            order={group.index: group.requests for group in groups},
-            owner=owner,
-            scarcity=[group.index for group in scarce_first],
-            masks=supply.masks,
-            allocated={group.index: group.allocated for group in groups},
-            sizes=_sizes(groups) if self.config.yield_factor is not None else {},
-            yield_factor=self.config.yield_factor,
-        )
+        return owner
 
     def demand_of(self, request: Request, supply: SupplyView, competitors: int) -> float:
         """Demand that the order compares: scope of the config, times the fairness factor."""
@@ -117,27 +174,26 @@ class IRS:
             demand *= request_factor(request, supply, competitors, self.config.eps)
         return demand
 
-    def _groups(self, requests: Sequence[Request], supply: SupplyView) -> list[_Group]:
-        open_requests = [request for request in requests if request.remaining > 0]
-        competitors = len(open_requests)
-        demands = [self.demand_of(request, supply, competitors) for request in open_requests]
-        members: dict[int, tuple[list[Request], list[float]]] = {}
-        for place in _service_order(open_requests, demands):
-            request = open_requests[place]
-            entry = members.get(request.group)
-            if entry is None:
-                entry = members[request.group] = ([], [])
-            entry[0].append(request)
-            entry[1].append(demands[place])
+    def _groups(
+        self, requests: Sequence[Request], supply: SupplyView
+    ) -> tuple[dict[int, list[Request]], dict[int, float], list[_Group]]:
+        """Step 1: requests of every group in service order, sizes by job, and the groups."""
+        waiting = [request for request in requests if request.remaining > 0]
+        competitors = len(waiting)
+        sizes = {item.job: self.demand_of(item, supply, competitors) for item in waiting}
+        waiting.sort(key=lambda item: (sizes[item.job], item.opened_s, item.job))
+        order: dict[int, list[Request]] = {}
+        for request in waiting:
+            order.setdefault(request.group, []).append(request)
         found = []
-        for index, (ordered, sizes) in sorted(members.items()):
-            queue = float(len(ordered))
+        for index, members in sorted(order.items()):
+            queue = float(len(members))
             if self.config.eps:
-                queue *= queue_factor(ordered, supply, competitors, self.config.eps)
-            sums = list(accumulate(sizes))
+                queue *= queue_factor(members, supply, competitors, self.config.eps)
+            sums = list(accumulate(sizes[item.job] for item in members))
             rate, atoms = supply.group_rates[index], supply.group_atoms[index]
-            found.append(_Group(index, ordered, sums, queue, rate, atoms))
-        return found
+            found.append(_Group(index, len(members), sums, queue, rate, atoms))
+        return order, sizes, found
 
     def _exchange(self, abundant_first: list[_Group], supply: SupplyView) -> None:
         """Step 3: take intersections back, from the next scarcer group downwards."""
@@ -168,7 +224,11 @@ class IRS:
         if group.cumulative[-1] <= limit:
             return group.queue
         delayed = max(bisect_left(group.cumulative, limit), 1)
-        return group.queue * delayed / len(group.requests)
+        return group.queue * delayed / group.count
+
+
+def _scarce_first(groups: Sequence[_Group]) -> list[_Group]:
+    return sorted(groups, key=lambda group: (group.supply, group.index))
 
 
 def _first_split(scarce_first: list[_Group], supply: SupplyView) -> None:
@@ -190,32 +250,6 @@ def _move(take: int, scarce: _Group, group: _Group, supply: SupplyView) -> None:
     group.allocated += rate
     lost = min(rate / before, 1.0) if before > 0 else 1.0
     group.queue += scarce.queue * lost
-
-
-def _sizes(groups: Sequence[_Group]) -> dict[int, float]:
-    """Demand that the order compared, by job."""
-    sizes = {}
-    for group in groups:
-        for request, before, after in zip(
-            group.requests, [0.0, *group.cumulative], group.cumulative
-        ):
-            sizes[request.job] = after - before
-    return sizes
-
-
-def _service_order(requests: Sequence[Request], demands: Sequence[float]) -> Sequence[int]:
-    """Indices by demand, open time, job; one list for all groups, since each keeps the order."""
-    if len(requests) <= SORT_IN_NUMPY_ABOVE:
-        key: Callable[[int], tuple[float, float, int]] = lambda place: (  # noqa: E731
-            demands[place],
-            requests[place].opened_s,
-            requests[place].job,
-        )
-        return sorted(range(len(requests)), key=key)
-    jobs = np.fromiter((request.job for request in requests), np.int64, len(requests))
-    opened = np.fromiter((request.opened_s for request in requests), np.float64, len(requests))
-    order: list[int] = np.lexsort((jobs, opened, np.asarray(demands))).tolist()
-    return order
 
 
 def _bits(bitset: int) -> list[int]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from raysys.errors import ConfigError
 from raysys.federated.venn import baselines
+from raysys.federated.venn.columns import RequestColumns
 from raysys.federated.venn.irs import IRS, IRSConfig
 from raysys.federated.venn.requests import Policy, Request
 from raysys.federated.venn.supply import SupplyView
@@ -230,3 +231,20 @@ def test_config_is_checked() -> None:
         IRSConfig(demand_scope="week")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="eps"):
         IRSConfig(eps=float("nan"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems(), scope=st.sampled_from(["round", "total", "blend"]))
+def test_planning_over_columns_is_the_same_plan(
+    problem: tuple[list[Request], SupplyView], scope: str
+) -> None:
+    requests, view = problem
+    planner = IRS(IRSConfig(demand_scope=scope))  # type: ignore[arg-type]
+    plan = planner.plan(requests, view, 0)
+    columns = planner.plan_columns(RequestColumns.of(requests), view)
+    assert columns.owner == plan.owner
+    assert columns.scarcity == plan.scarcity
+    for group, (low, high) in columns.spans.items():
+        assert [requests[row] for row in columns.rows[low:high]] == plan.order[group]
+    with pytest.raises(ConfigError, match="eps"):
+        IRS(IRSConfig(eps=1)).plan_columns(RequestColumns.of(requests), view)
