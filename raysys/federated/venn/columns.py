@@ -66,7 +66,8 @@ class RequestColumns:
         ]
         if np.any(np.diff(self.job[rows]) < 0):
             keys.insert(0, self.job[rows])
-        return rows[np.lexsort(keys)]
+        ordered: Ints = rows[np.lexsort(keys)]
+        return ordered
 
 
 @dataclass(frozen=True, slots=True, eq=False)
