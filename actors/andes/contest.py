@@ -16,7 +16,8 @@ from actors.andes.engine_settings import AndesEngineConfig
 from actors.serving.client import Chat, ChatClient, Stream, require_complete
 from actors.serving.config import EngineConfig, ServingConfig
 from raysys.config import check_range
-from raysys.serving.andes.planner import PlannerConfig
+from raysys.serving.andes.controller import ControllerConfig
+from raysys.serving.andes.options import PlannerConfig
 from raysys.serving.andes.qoe import QoESpec
 from raysys.serving.andes.scheduler import AndesConfig
 from raysys.serving.prompts import PROMPTS
@@ -72,7 +73,12 @@ def contest_endpoint(config: ContestConfig, port: int, status_file: str) -> Serv
         plan_every=4,
     )
     andes = AndesEngineConfig(
-        scheduler=AndesConfig(planner=planner), switchable=True, status_file=status_file
+        # A room of a few answers makes restores a larger share of the work than a real room does.
+        scheduler=AndesConfig(
+            planner=planner, controller=ControllerConfig(max_waste=0.30, resume_waste=0.10)
+        ),
+        switchable=True,
+        status_file=status_file,
     )
     engine = EngineConfig(
         policy="andes",

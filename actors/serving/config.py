@@ -55,7 +55,7 @@ class EngineConfig:
             place them, which several replicas on one machine need.
     """
 
-    policy: Literal["andes", "vllm"] = "vllm"
+    policy: Literal["andes", "vllm"] = "andes"
     device: Literal["auto", "cpu", "gpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int = 2048

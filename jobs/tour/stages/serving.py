@@ -1,36 +1,37 @@
-"""Tour stage: a burst of streaming chats to a real engine, measured at the client."""
+"""Tour stage: the same burst of chats under FCFS and under Andes, on one real engine."""
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from actors.serving.client import (
-    BurstReport,
-    Chat,
-    ChatClient,
-    Stream,
-    require_complete,
-    summarize_burst,
+from actors.andes.contest import (
+    POLICIES,
+    ContestConfig,
+    contest_chats,
+    contest_endpoint,
+    run_policy,
+    same_text,
 )
-from actors.serving.config import EngineConfig, ServingConfig
+from actors.serving.client import BurstReport, ChatClient, Stream, summarize_burst
 from actors.serving.endpoint import Endpoint, free_port
 from jobs.tour.stage import Row, Stage, StageContext, StageResult
-from raysys.report import Plot, new_figure
-from raysys.serving.andes.qoe import QoESpec
-from raysys.serving.prompts import PROMPTS
+from raysys.report import Plot, new_figure, series_color
 
-SPEC = QoESpec(ttft_s=1.0, tds=4.8)
-SPREAD_S = 1.0  # the burst's chats arrive within this time
+SMOKE = ContestConfig(chats=6, tokens=16, kv_tokens=256, spread_s=0.5)
+STANDARD = ContestConfig()
 
 
 def run(context: StageContext) -> StageResult:
-    """Start an engine, send chats one at a time and then at once, compare."""
-    chats = make_chats(3 if context.smoke else 16, 12 if context.smoke else 48, context.seed)
-    alone = chats[: 1 if context.smoke else 5]
-    steps = len(alone) + len(chats) + 2
+    """Start one engine, send the burst under each policy, compare what the readers saw."""
+    contest = SMOKE if context.smoke else STANDARD
+    chats = contest_chats(contest, context.seed)
+    steps = len(POLICIES) * len(chats) + 2
     done = 0
 
     def advance(text: str, amount: int = 1) -> None:
@@ -38,88 +39,88 @@ def run(context: StageContext) -> StageResult:
         done += amount
         context.progress(done, steps, text)
 
-    engine = EngineConfig(max_model_len=1024, max_num_seqs=16, kv_tokens=8192)
-    config = ServingConfig(port=free_port(), engine=engine)
-    with Endpoint.start(config, report=lambda text: advance(text, 0)):
-        advance("warming up", 2)
-        client = ChatClient(config.url, config.model.name)
-        require_complete(client.one_by_one(chats[:1]))
-        reference = client.one_by_one(alone, lambda stream: advance("one at a time"))
-        burst = client.burst(chats, lambda stream: advance("burst"))
-    require_complete([*reference, *burst])
-    return _result(summarize_burst(reference), summarize_burst(burst), burst)
+    def tick(policy: str, stream: Stream) -> None:
+        advance(f"burst, {policy}")
+
+    streams: dict[str, list[Stream]] = {}
+    with tempfile.TemporaryDirectory(prefix="raysys-andes-") as folder:
+        status_file = str(Path(folder) / "status.json")
+        config = contest_endpoint(contest, free_port(), status_file)
+        with Endpoint.start(config, report=lambda text: advance(text, 0)):
+            advance("warming up", 2)
+            client = ChatClient(config.url, config.model.name)
+            run_policy(client, chats[: max(2, len(chats) // 4)], "andes")
+            for policy in POLICIES:
+                streams[policy] = run_policy(client, chats, policy, functools.partial(tick, policy))
+    return _result(contest, streams)
 
 
-def make_chats(count: int, max_tokens: int, seed: int) -> list[Chat]:
-    """Chats with Poisson-like arrivals inside one second."""
-    arrivals = np.sort(np.random.default_rng(seed).uniform(0.0, SPREAD_S, count))
-    return [
-        Chat(
-            prompt=PROMPTS[index % len(PROMPTS)],
-            spec=SPEC,
-            arrival_s=float(arrival),
-            max_tokens=max_tokens,
-            exact_length=True,
-        )
-        for index, arrival in enumerate(arrivals)
-    ]
-
-
-def _result(alone: BurstReport, burst: BurstReport, streams: Sequence[Stream]) -> StageResult:
-    name = "one at a time"
+def _result(contest: ContestConfig, streams: dict[str, list[Stream]]) -> StageResult:
+    fcfs, andes = (summarize_burst(streams[policy]) for policy in POLICIES)
     rows = [
-        _row("time to first token, median", "s", "lower", name, alone.ttft_s, burst.ttft_s),
-        _row("pace of a stream, median", "tokens/s", "higher", name, alone.pace, burst.pace),
-        _row("mean QoE of the readers", "0..1", "higher", name, alone.mean_qoe, burst.mean_qoe),
-        _row("throughput", "tokens/s", "higher", name, alone.tokens_per_s, burst.tokens_per_s),
+        _row("mean QoE of the readers", "0..1", "higher", fcfs, andes, "mean_qoe"),
+        _row("worst QoE of a reader", "0..1", "higher", fcfs, andes, "worst_qoe"),
+        _row("time to first token, median", "s", "lower", fcfs, andes, "ttft_s"),
+        _row("throughput", "tokens/s", "higher", fcfs, andes, "tokens_per_s"),
     ]
+    same = same_text(streams["fcfs"], streams["andes"])
     notes = [
-        f"SmolLM2-135M-Instruct on vLLM behind Ray Serve; {burst.streams} streaming chats within "
-        f"{SPREAD_S:g} s against {alone.streams} sent one after the other",
-        f"targets: first token in {SPEC.ttft_s:g} s, then {SPEC.tds:g} tokens/s; worst QoE of the "
-        f"burst {burst.worst_qoe:.3f}",
+        f"SmolLM2-135M-Instruct on vLLM behind Ray Serve; {contest.chats} streaming chats within "
+        f"{contest.spread_s:g} s, {contest.tokens} tokens each, KV room for {contest.kv_tokens} "
+        "tokens; measured at the client",
+        f"targets scaled to this machine: first token in {contest.ttft_s:g} s, then "
+        f"{contest.tds:g} tokens/s",
+        "every answer has the same tokens under both policies"
+        if same
+        else "NOT every answer has the same tokens under both policies",
     ]
-    return StageResult(rows=rows, plots=[delivery_plot(streams)], notes=notes)
+    return StageResult(rows=rows, plots=[delivery_plot(contest, streams)], notes=notes)
 
 
-def _row(measure: str, unit: str, better: Any, name: str, baseline: float, ours: float) -> Row:
+def _row(
+    measure: str, unit: str, better: Any, fcfs: BurstReport, andes: BurstReport, field: str
+) -> Row:
     return Row(
         measure=measure,
         unit=unit,
         better=better,
-        baseline_name=name,
-        baseline=baseline,
-        ours=ours,
+        baseline_name="vLLM, first come first served",
+        baseline=getattr(fcfs, field),
+        ours=getattr(andes, field),
     )
 
 
-def delivery_plot(streams: Sequence[Stream]) -> Plot:
-    """Tokens over time for each stream, against the line that its reader expects."""
-    figure, axes = new_figure()
-    longest = max(len(stream.delivered_s) for stream in streams)
-    for stream in streams:
-        axes.step(
-            stream.delivered_s,
-            np.arange(1, len(stream.delivered_s) + 1),
-            where="post",
-            alpha=0.6,
-            linewidth=1.0,
-        )
-    ideal = SPEC.ttft_s + np.arange(longest) * SPEC.tau_s
-    axes.plot(ideal, np.arange(1, longest + 1), "k--", linewidth=1.5, label="expected")
-    axes.set_xlabel("seconds since the chat was sent")
-    axes.set_ylabel("tokens delivered")
-    axes.legend(loc="lower right")
+def delivery_plot(contest: ContestConfig, streams: dict[str, list[Stream]]) -> Plot:
+    """Tokens over time for each stream under each policy, against what its reader expects."""
+    figure, axes = new_figure(1, len(POLICIES), width=9.0)
+    spec = contest.spec
+    numbers = np.arange(1, contest.tokens + 1)
+    latest = max(stream.delivered_s[-1] for runs in streams.values() for stream in runs)
+    for column, policy in enumerate(POLICIES):
+        panel = axes.flat[column]
+        _draw(panel, streams[policy], series_color(column))
+        panel.plot(spec.ttft_s + (numbers - 1) * spec.tau_s, numbers, "--", color="#8a8f98")
+        panel.set_xlim(0, latest)
+        panel.set_title("first come first served" if policy == "fcfs" else "Andes")
+        panel.set_xlabel("seconds since the chat was sent")
+    axes.flat[0].set_ylabel("tokens delivered")
     return Plot(
         title="Delivery of each stream in the burst",
-        caption="A stream left of the dashed line is ahead of its reader (QoE 1).",
+        caption="Each line is one chat; the dashed line is what its reader expects. Lines left of "
+        "it are on time. Andes pauses readers who hold unread text and lets the others start.",
         figure=figure,
     )
 
 
+def _draw(panel: Any, streams: Sequence[Stream], color: str) -> None:
+    for stream in streams:
+        counts = np.arange(1, len(stream.delivered_s) + 1)
+        panel.step(stream.delivered_s, counts, where="post", color=color, alpha=0.5, linewidth=1.0)
+
+
 STAGE = Stage(
     name="serving",
-    title="Serving streamed text",
+    title="Andes: serving by the readers' experience",
     problem="Many people read answers at once; each wants the first word soon and then a steady "
     "pace, from one engine that they share.",
     command="raysys serve",
