@@ -189,15 +189,16 @@ class JobActor:
         return calls
 
     def _with_scores(self, summary: RoundSummary) -> RoundSummary:
-        """Score the model centrally and on a sample of clients, on two workers at once."""
+        """Score what predicts, centrally and on a sample of clients, on two workers at once."""
         strategy, population = self._job.strategy, self._job.population
-        weights, spec = strategy.weights(0), strategy.model_spec(0)
+        models, mix = (list(part) for part in zip(*strategy.predict_plan(0)))
+        spec = strategy.model_spec(models[0])
         step = max(1, population.n_clients // PROBE_CLIENTS)
         clients = np.arange(0, population.n_clients, step, dtype=np.int64)
-        stacked = ray.put(weights[np.newaxis])
+        stacked = ray.put(np.stack([strategy.weights(model) for model in models]))
         calls = [
-            Call("score", "evaluate", (stacked, spec, 0)),
-            Call("spread", "client_scores", (weights, spec, clients)),
+            Call("score", "evaluate", (stacked, spec, mix)),
+            Call("spread", "client_scores", (stacked, spec, mix, clients)),
         ]
         found = dict(self._pool.run(calls))
         spread = percentiles(found["spread"])

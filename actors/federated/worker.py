@@ -20,7 +20,7 @@ from raysys.federated.core.calibration import time_rungs
 from raysys.federated.core.datasets import as_samples
 from raysys.federated.core.evaluation import Score, client_scores, evaluate
 from raysys.federated.core.messages import Partial, TrainTask
-from raysys.federated.core.model import FlatWeights, ModelSpec
+from raysys.federated.core.model import ModelSpec
 from raysys.federated.core.population import IntArray, Population
 from raysys.federated.core.training import train_task
 
@@ -64,15 +64,21 @@ class WorkerActor:
         self._tasks += 1
         return dataclasses.replace(partial, busy_s=self._clock() - begin)
 
-    def evaluate(self, weights_KP: npt.NDArray[np.float32], spec: ModelSpec, row: int) -> Score:
-        """Score one model of the round on the central test set."""
-        return evaluate(spec, weights_KP[row], self._test)
+    def evaluate(
+        self, weights_MP: npt.NDArray[np.float32], spec: ModelSpec, mix: list[float]
+    ) -> Score:
+        """Score a mixture of models (or one) on the central test set."""
+        return evaluate(spec, weights_MP, self._test, mix)
 
     def client_scores(
-        self, weights: FlatWeights, spec: ModelSpec, clients: IntArray
+        self,
+        weights_MP: npt.NDArray[np.float32],
+        spec: ModelSpec,
+        mix: list[float],
+        clients: IntArray,
     ) -> npt.NDArray[np.float64]:
-        """Accuracy of a model on each client's own samples."""
-        return client_scores(spec, weights, self._samples, self._population, clients)
+        """Accuracy of a mixture of models on each client's own samples."""
+        return client_scores(spec, weights_MP, self._samples, self._population, clients, mix)
 
     def calibrate(self, weights_KP: npt.NDArray[np.float32], task: TrainTask) -> dict[str, float]:
         """Clients per second of every rung that can train the task's model."""

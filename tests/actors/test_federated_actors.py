@@ -72,7 +72,7 @@ def test_worker_is_a_plain_class(parts: tuple[FederatedData, Population, ModelSp
     partial = worker.train(group.weights, group.tasks[0])
     assert partial.busy_s == 2.5
     assert opened.add(0, partial)
-    score = worker.evaluate(initial_weights(spec, 0).values[None], spec, 0)
+    score = worker.evaluate(initial_weights(spec, 0).values[None], spec, [1.0])
     assert 0 <= score.accuracy <= 1
     assert worker.health()["tasks"] == 1
     speed = worker.calibrate(group.weights, group.tasks[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -36,9 +37,35 @@ def outputs(spec: ModelSpec, weights: FlatWeights, inputs: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def evaluate(spec: ModelSpec, weights: FlatWeights, samples: Samples) -> Score:
-    """Score a model on samples."""
-    out = outputs(spec, weights, samples.inputs)
+def mixed_outputs(
+    spec: ModelSpec, weights: FlatWeights, mix: Sequence[float] | None, inputs: Tensor
+) -> Tensor:
+    """Outputs of one model, or of a mixture that behaves like one, float32 [N, out].
+
+    Args:
+        weights: [P], or [M, P] of a mixture. mix: weight of each of the M models; None is uniform.
+
+    Returns:
+        For a mixture of classifiers, the logarithm of the mean probabilities; of regressors, the
+        mean output.
+    """
+    if weights.ndim == 1:
+        return outputs(spec, weights, inputs)
+    share = [1.0 / len(weights)] * len(weights) if mix is None else list(mix)
+    if len(weights) == 1:
+        return outputs(spec, weights[0], inputs)
+    found = [outputs(spec, row, inputs) for row in weights]
+    if spec.task == "regression":
+        return torch.stack([part * own for part, own in zip(found, share)]).sum(dim=0)
+    mean = torch.stack([part.softmax(dim=1) * own for part, own in zip(found, share)]).sum(dim=0)
+    return mean.clamp_min(1e-12).log()
+
+
+def evaluate(
+    spec: ModelSpec, weights: FlatWeights, samples: Samples, mix: Sequence[float] | None = None
+) -> Score:
+    """Score a model, or a mixture of models, on samples; see :func:`mixed_outputs`."""
+    out = mixed_outputs(spec, weights, mix, samples.inputs)
     loss = float(sample_losses(out, samples.targets, spec.task).mean())
     if spec.task == "regression":
         return Score(loss, float("nan"), len(out))
@@ -52,6 +79,7 @@ def client_scores(
     samples: Samples,
     population: Population,
     clients: IntArray,
+    mix: Sequence[float] | None = None,
 ) -> npt.NDArray[np.float64]:
     """Accuracy (loss for regression) on each client's own samples, float64 [k]; NaN if it has none.
 
@@ -60,7 +88,7 @@ def client_scores(
     counts = population.counts(clients)
     rows = np.concatenate([population.samples(int(c)) for c in clients]).astype(np.int64)
     index = torch.from_numpy(rows)
-    out = outputs(spec, weights, samples.inputs[index])
+    out = mixed_outputs(spec, weights, mix, samples.inputs[index])
     targets = samples.targets[index]
     if spec.task == "regression":
         value = sample_losses(out, targets, spec.task).numpy()

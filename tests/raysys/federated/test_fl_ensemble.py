@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from raysys.errors import ConfigError
 from raysys.federated.core.datasets import load_digits_data
 from raysys.federated.core.engine import FederatedJob
-from raysys.federated.core.evaluation import outputs
+from raysys.federated.core.evaluation import evaluate, outputs
 from raysys.federated.core.fedavg import FedAvg
 from raysys.federated.core.local import LocalConfig
 from raysys.federated.core.messages import ScreenConfig
@@ -319,3 +319,8 @@ def test_the_ensemble_beats_its_members() -> None:
     together = (predict(logits).labels == data.test_targets).mean()
     alone = [(row.argmax(axis=1) == data.test_targets).mean() for row in logits]
     assert together > np.mean(alone)
+    score = evaluate(SPEC, ensemble.stacked(), data.test_samples())
+    assert score.accuracy == pytest.approx(together)
+    assert score.loss == pytest.approx(
+        nll(predict(logits).probabilities, data.test_targets), rel=1e-4
+    )
