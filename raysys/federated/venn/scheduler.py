@@ -20,8 +20,10 @@ from raysys.federated.venn.irs import IRS, IRSConfig
 from raysys.federated.venn.requests import Policy
 from raysys.federated.venn.requirements import Requirement
 from raysys.federated.venn.scheduler_plans import (
+    SUPPLY_PATIENCE_S,
     explain,
     make_plan,
+    never_seen,
     overview,
     rebalance_needed,
     supply_view,
@@ -36,7 +38,6 @@ from raysys.federated.venn.scheduler_usage import bury, join, report
 
 Command = Mapping[str, Any]
 Reply = dict[str, Any]
-_SUPPLY_PATIENCE_S = 86_400.0
 _STATE = TypeAdapter(SchedulerState)
 
 POLICIES: dict[str, Callable[[float], Policy]] = {
@@ -181,16 +182,13 @@ class SchedulerCore:
         }
 
     def _warnings(self, job: JobState, demand: int, now_s: float) -> list[str]:
-        seen = self.state.supply
-        if seen.seen < self.config.supply.min_samples:
+        if self.state.supply.seen < self.config.supply.min_samples:
             return []
-        rate = supply_view(self, now_s).group_rates[job.group]
-        started_s = now_s if seen.start_s is None else seen.start_s
-        if demand > rate * _SUPPLY_PATIENCE_S:
-            return ["LIKELY_UNSATISFIABLE"]
-        if rate < 1e-8 and now_s - started_s > _SUPPLY_PATIENCE_S:
+        view = supply_view(self, now_s)
+        if never_seen(self, job.group, view, now_s):
             return ["UNSATISFIABLE"]
-        return []
+        likely = demand > view.group_rates[job.group] * SUPPLY_PATIENCE_S
+        return ["LIKELY_UNSATISFIABLE"] if likely else []
 
     def _add(self, command: Command) -> Reply:
         job, opened = self._round_of(command)

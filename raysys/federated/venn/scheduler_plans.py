@@ -12,7 +12,7 @@ from raysys.federated.venn.pacing import retry_after_s
 from raysys.federated.venn.requests import GroupedPlan, OrderedPlan, Request
 from raysys.federated.venn.scheduler_state import JobState
 from raysys.federated.venn.simulator.rounds import draw_priority
-from raysys.federated.venn.supply import SupplyView
+from raysys.federated.venn.supply import TINY_RATE, SupplyView
 
 if TYPE_CHECKING:
     from raysys.federated.venn.scheduler import SchedulerCore
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Command = Mapping[str, Any]
 Reply = dict[str, Any]
 _IDLE_SHARE = 1e-3
+SUPPLY_PATIENCE_S = 86_400.0
 
 
 def make_plan(core: SchedulerCore, command: Command) -> Reply:
@@ -44,7 +45,26 @@ def make_plan(core: SchedulerCore, command: Command) -> Reply:
     state.version += 1
     state.dirty = False
     _spread_credits(core, now_s, bool(command.get("stalled", False)))
+    _tell_hopeless(core, view, now_s)
     return {"version": state.version}
+
+
+def never_seen(core: SchedulerCore, group: int, view: SupplyView, now_s: float) -> bool:
+    """Whether a day of check-ins had no device for a group."""
+    start_s = core.state.supply.start_s
+    observed_s = 0.0 if start_s is None else now_s - start_s
+    return observed_s > SUPPLY_PATIENCE_S and view.group_rates[group] <= TINY_RATE
+
+
+def _tell_hopeless(core: SchedulerCore, view: SupplyView, now_s: float) -> None:
+    """Tell each open round once that nobody can serve it; it stays in the plan and blocks none."""
+    for job in core.rounds.values():
+        opened = job.open
+        if opened is None or opened.unsatisfiable or not opened.remaining:
+            continue
+        if never_seen(core, job.group, view, now_s):
+            opened.unsatisfiable = True
+            core.events.append((job.job_id, {"kind": "UNSATISFIABLE", "round_id": opened.round_id}))
 
 
 def _spread_credits(core: SchedulerCore, now_s: float, stalled: bool) -> None:

@@ -75,6 +75,7 @@ class RoundState:
     extra: int = 0
     expired: bool = False
     filled: bool = False
+    unsatisfiable: bool = False
     grants: dict[str, Grant] = field(default_factory=dict)
     settled_spent: int = 0
     settled_failed: int = 0

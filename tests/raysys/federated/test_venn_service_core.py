@@ -324,3 +324,25 @@ def test_damaged_snapshot_is_a_data_error() -> None:
 def test_unknown_policy_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"service\.policy"):
         SchedulerCore(ServiceConfig(policy="magic"))
+
+
+def test_impossible_demand_is_announced_and_blocks_nobody() -> None:
+    core = SchedulerCore()
+    for job_id, need in (("easy", {}), ("rare", {"cpu": 99.0})):
+        core.apply({"op": "register", "job_id": job_id, "requirement": need, "now": 0})
+    core.apply({"op": "join", "gateway": "g", "incarnation": 1, "now": 0})
+    report = {"op": "report", "gateway": "g", "incarnation": 1, "rounds": []}
+    core.apply({**report, "sequence": 1, "checkins": [[1, 500]], "now": 0})
+    open_round = {"op": "open", "demand": 10, "deadline_s": 1e6}
+    first = core.apply({**open_round, "job_id": "rare", "now": 3600.0})
+    assert first["warnings"] == ["LIKELY_UNSATISFIABLE"]
+    assert core.apply({**open_round, "job_id": "easy", "now": 3600.0})["warnings"] == []
+    core.apply({**report, "sequence": 2, "checkins": [[1, 500]], "now": 90_000.0})
+    core.events.clear()
+    core.apply({"op": "plan", "now": 90_000.0})
+    core.apply({"op": "plan", "now": 90_001.0})
+    told = [event for event in core.events if event[1]["kind"] == "UNSATISFIABLE"]
+    assert told == [("rare", {"kind": "UNSATISFIABLE", "round_id": first["round_id"]})]
+    easy = core.state.jobs["easy"].open
+    assert easy is not None
+    assert easy.grants["g"].limit == 10
