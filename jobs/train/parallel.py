@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,26 @@ def train_parallel(config: TrainConfig, storage: str, name: str) -> dict[str, An
 def _worker(options: dict[str, Any]) -> None:
     config = config_from_dict(TrainConfig, options["config"])
     context = train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
+    train_rank(config, context.get_world_rank(), context.get_world_size(), _saved(), _report)
+
+
+def train_rank(
+    config: TrainConfig,
+    rank: int,
+    world: int,
+    saved: dict[str, Any] | None,
+    report: Callable[[dict[str, Any], bytes | None], None],
+) -> None:
+    """One rank's training inside an initialised process group.
+
+    Args:
+        saved: rank 0's checkpoint to go on from.
+        report: takes an epoch's metrics, and on rank 0 a checkpoint; called once per epoch.
+    """
     config = _own_cache(config, rank)
     split = data.load(config.data, config.seed)
     log, count = EventLog(), ByteCount()
-    saved = _saved()
     signature = saved["kgt"]["signature"] if saved is not None else _signature(config, split, rank)
-
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     model = network.build(config.network, split)
@@ -93,7 +107,7 @@ def _worker(options: dict[str, Any]) -> None:
             "cache_hit_rate": loop.kgt.status()["cache_hit_rate"],
             "ranks_agree": _ranks_agree(loop.model),
         }
-        _report(metrics, to_bytes(loop.state_dict()) if rank == 0 else None)
+        report(metrics, to_bytes(loop.state_dict()) if rank == 0 else None)
     loop.close()
 
 

@@ -38,10 +38,10 @@ def run(context: StageContext) -> StageResult:
     ways: dict[str, tuple[KGTConfig, ControlFactory | None]] = {
         "plain training": (KGTConfig(), None),
         "linear schedule": (
-            _cached(),
+            _cached(context.smoke),
             lambda plan, steps: LinearSchedule(0.5, 1.0, len(plan), steps),
         ),
-        "KGT": (_cached(), None),
+        "KGT": (_cached(context.smoke), None),
     }
     logs = {name: EventLog() for name in ways}
     loops = {}
@@ -73,8 +73,10 @@ def run(context: StageContext) -> StageResult:
     return result
 
 
-def _cached() -> KGTConfig:
-    return dataclasses.replace(_KGT, cache=CacheConfig(directory=tempfile.mkdtemp()))
+def _cached(smoke: bool) -> KGTConfig:
+    config = dataclasses.replace(_KGT, cache=CacheConfig(directory=tempfile.mkdtemp()))
+    # A few dozen steps allow only a few readings.
+    return dataclasses.replace(config, window=2, every=2, bootstrap_rate=1.0) if smoke else config
 
 
 def _signature(network: ResNet) -> list[list[str]]:

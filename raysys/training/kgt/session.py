@@ -262,11 +262,12 @@ class KGT:
         if upto == before:
             return
         self.freezer.apply(upto)
-        self._snapshot = self.freezer.snapshot() if upto else None
         if self.cache is not None:
             self.cache.move(upto)
         if self._wrap is not None:
             self._forward_module = self._wrap(self.runner)
+        # After wrapping: data parallelism brings all ranks' buffers to rank 0's when it is built.
+        self._snapshot = self.freezer.snapshot() if upto else None
         self.log({"event": "applied", "step": self.steps, "upto": upto, "reason": reason})
 
     def _check_frozen(self) -> None:
@@ -274,9 +275,14 @@ class KGT:
         if self._snapshot is None:
             return
         snapshot, self._snapshot = self._snapshot, None
-        if not self.freezer.unchanged(snapshot):
-            self.freezer.restore(snapshot)
-            self.disable("the optimizer or the loop changed frozen parameters or buffers")
+        if self.freezer.unchanged(snapshot):
+            return
+        self.freezer.restore(snapshot)
+        reason = "the optimizer or the loop changed frozen parameters or buffers"
+        if self._wrap is None:
+            self.disable(reason)
+        else:
+            self._note(reason)  # one rank must not change the prefix alone
 
     def disable(self, reason: str) -> None:
         """Freeze and evaluate nothing any more; train everything (nothing stays frozen)."""
