@@ -1,13 +1,17 @@
 """The calibration job: a known machine is found again, and bad logs are refused by name."""
 
+import contextlib
+import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
+from actors.andes.engine_settings import write_status
 from jobs.calibrate import JOB, CalibrateConfig, read_step_log, select_steps
-from jobs.launcher import main
+from jobs.launcher import JobContext, main
 from raysys.errors import ConfigError, DataError, StorageError
 from raysys.serving.andes.models import StepTime, fit_step_time
 
@@ -73,3 +77,28 @@ def test_too_few_steps_is_an_error_of_the_log(tmp_path, capsys):
     write_log(log, count=20)
     assert main(JOB, ["--set", f"log={log}", "--run-dir", str(tmp_path / "run")]) == 6
     assert "usable steps" in capsys.readouterr().err
+
+
+def test_an_engine_is_loaded_with_every_burst_and_asked(monkeypatch, tmp_path):
+    sizes, learnt = [], dataclasses.asdict(TRUE)
+
+    @contextlib.contextmanager
+    def start(endpoint, report):
+        status = {"step_time": learnt, "steps": 321, "running": 0, "waiting": 0}
+        write_status(Path(endpoint.andes.status_file), status)
+        report("an engine is started")
+        yield
+
+    def burst(client, chats):
+        sizes.append(len(chats))
+        return []
+
+    monkeypatch.setattr(JobContext, "ray", lambda context, **changes: None)
+    monkeypatch.setattr("actors.serving.endpoint.Endpoint.start", start)
+    monkeypatch.setattr("actors.serving.client.ChatClient.burst", burst)
+    monkeypatch.setattr("actors.serving.client.require_complete", lambda streams: None)
+    run = tmp_path / "run"
+    assert main(JOB, ["--set", "bursts=[1, 3]", "--run-dir", str(run)]) == 0
+    assert sizes == [1, 3]
+    assert yaml.safe_load((run / "step_time.yaml").read_text())["step_time"] == learnt
+    assert json.loads((run / "result.json").read_text())["steps"] == 321
