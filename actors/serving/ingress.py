@@ -52,7 +52,9 @@ class QoEIngress(OpenAiIngress):  # type: ignore[misc]
             if key is None:
                 return refusal(401, "no valid API key", "authorization")
         try:
-            fields, spec = merge_targets(body.vllm_xargs, request.headers, key, self.settings.andes)
+            # The raw body, because the request model has already turned true into 1.
+            given = (await request.json()).get("vllm_xargs")
+            fields, spec = merge_targets(given, request.headers, key, self.settings.andes)
         except ConfigError as error:
             return refusal(422, str(error), error.field)
         body.vllm_xargs = fields
