@@ -58,6 +58,7 @@ class FederatedRun:
             "evaluate_every": evaluate_every,
         }
         self._make = make or functools.partial(_build, config, spec)
+        self._make(population)  # a wrong configuration shows here, not in a remote traceback
         self.actor: Any = self._start()
         self.restarts = 0
 
