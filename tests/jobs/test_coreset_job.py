@@ -65,6 +65,17 @@ def test_score_writes_scores_features_and_noise(scored: Path) -> None:
     assert {"id", "label", "aum", "el2n", "forgetting", "correctness", "entropy", "loss"} <= columns
 
 
+def test_scoring_can_end_when_the_order_has_settled() -> None:
+    from jobs.coreset.score import scoring_task
+
+    config = ScoreConfig(proxy=PROXY, settled=0.3)
+    found = scoring_task(config.data.load(), config, None)
+    assert found["correlations"][-1] > 0.3
+    assert len(found["table"]) == 1400
+    with pytest.raises(ConfigError, match="settled"):
+        ScoreConfig(settled=1.5)
+
+
 def test_select_and_report(scored: Path, tmp_path: Path, ray_session: Session) -> None:
     from jobs.coreset import report
 
