@@ -17,12 +17,16 @@ from actors.serving.client import Chat, ChatClient, Stream, require_complete
 from actors.serving.config import EngineConfig, ServingConfig
 from raysys.config import check_range
 from raysys.serving.andes.controller import ControllerConfig
+from raysys.serving.andes.models import StepTime
 from raysys.serving.andes.options import PlannerConfig
 from raysys.serving.andes.qoe import QoESpec
 from raysys.serving.andes.scheduler import AndesConfig
 from raysys.serving.prompts import PROMPTS
 
 POLICIES = ("fcfs", "andes")
+# Where the latency model starts, for this model on one core; it learns the machine's own figures
+# after some steps. The general default, a GPU's, would call restores nearly free here.
+CPU_STEP_TIME = StepTime(base_s=0.055, per_sequence_s=0.006, per_prefill_token_s=0.0015)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +79,9 @@ def contest_endpoint(config: ContestConfig, port: int, status_file: str) -> Serv
     andes = AndesEngineConfig(
         # A room of a few answers makes restores a larger share of the work than a real room does.
         scheduler=AndesConfig(
-            planner=planner, controller=ControllerConfig(max_waste=0.30, resume_waste=0.10)
+            planner=planner,
+            controller=ControllerConfig(max_waste=0.30, resume_waste=0.10),
+            step_time=CPU_STEP_TIME,
         ),
         switchable=True,
         status_file=status_file,

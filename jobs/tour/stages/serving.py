@@ -23,7 +23,7 @@ from actors.serving.endpoint import Endpoint, free_port
 from jobs.tour.stage import Row, Stage, StageContext, StageResult
 from raysys.report import Plot, new_figure, series_color
 
-SMOKE = ContestConfig(chats=6, tokens=16, kv_tokens=256, spread_s=0.5)
+SMOKE = ContestConfig(chats=6, tokens=24, kv_tokens=256, spread_s=0.5)
 STANDARD = ContestConfig()
 
 
