@@ -268,7 +268,10 @@ template <int L> inline i64 update_rows(Store& s, Batch& b, const float* grad, i
   const bool copy = s.c.clip > 0 || s.c.weight_decay > 0;   // then apply_row writes into the gradient
   auto at = [&](u32 value) { return grad + i64(b.bag[value]) * stride; };
   for (size_t i = 0; i < n; ++i) {
-    if (i + 24 < n) prefetch_entry(b.rows[i + 24]);
+    if (i + 24 < n) {   // the first line early: it warms the translation for the later ones
+      prefetch_entry(b.rows[i + 24]);
+      __builtin_prefetch(b.rows[i + 24].w);
+    }
     if (i + 12 < n) {
       const Row& ahead = b.rows[i + 12];
       prefetch_weights(s, ahead);

@@ -35,7 +35,7 @@ class Embedding(nn.Module):
         if self.rule == "plain":
             out: Tensor = self.layers[0](ids)
             return out
-        sizes = torch.tensor([table.rows for table in self._bag(0).store.tables])
+        sizes = torch.tensor([table.rows for table in self.bag(0).store.tables])
         if self.rule == "hash":
             mixed = (ids * 0x9E3779B1 + 0x7F4A7C15) & 0x7FFFFFFFFFFF
             return self.layers[0]((mixed >> 7) % sizes)  # type: ignore[no-any-return]
@@ -45,13 +45,14 @@ class Embedding(nn.Module):
     def end_step(self) -> None:
         """Finish a training step on every layer."""
         for index in range(len(self.layers)):
-            self._bag(index).end_step()
+            self.bag(index).end_step()
 
     def bytes(self) -> int:
         """Resident bytes, index included."""
-        return sum(mapped_bytes(self._bag(i).store) for i in range(len(self.layers)))
+        return sum(mapped_bytes(self.bag(i).store) for i in range(len(self.layers)))
 
-    def _bag(self, index: int) -> FiitedEmbeddingBag:
+    def bag(self, index: int) -> FiitedEmbeddingBag:
+        """One of the layers, typed."""
         layer = self.layers[index]
         assert isinstance(layer, FiitedEmbeddingBag)
         return layer

@@ -28,6 +28,7 @@ from raysys.training.fiited.store import FiitedStore
 VERSION = 1
 PART_BYTES = 64 * 2**20
 _LAST = 2**64 - 1
+Arrays = dict[str, npt.NDArray[Any]]
 
 
 def save(store: FiitedStore, folder: str | Path) -> dict[str, Any]:
@@ -102,17 +103,26 @@ def _save_part(
     engine: NativeEngine, folder: Path, index: int, low: int, high: int
 ) -> dict[str, Any]:
     entries, utils, values = engine.export(low, high)
-    arrays = {"entries": entries.view(np.uint8), "utils": utils.reshape(-1), "values": values}
+    arrays: Arrays = {
+        "entries": entries.view(np.uint8),
+        "utils": utils.reshape(-1),
+        "values": values,
+    }
     return _write_arrays(folder / f"part-{index:04d}.arrow", arrays) | {"rows": len(entries)}
 
 
 def _save_clock(engine: NativeEngine, folder: Path) -> dict[str, Any]:
     integers, reals, window = engine.clock()
-    arrays = {"integers": integers, "reals": reals, "window": window, "sketch": engine.sketch()}
+    arrays: Arrays = {
+        "integers": integers,
+        "reals": reals,
+        "window": window,
+        "sketch": engine.sketch(),
+    }
     return _write_arrays(folder / "clock.arrow", arrays) | {"rows": 0}
 
 
-def _write_arrays(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
+def _write_arrays(path: Path, arrays: Arrays) -> dict[str, Any]:
     """One Arrow file with one column and one batch per array (their lengths differ)."""
     buffer = pa.BufferOutputStream()
     for name, array in arrays.items():

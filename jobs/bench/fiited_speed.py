@@ -1,0 +1,373 @@
+"""Speed and memory of the store, measured alternately with public embedding kernels.
+
+The reference workload: 8 tables x 500,000 rows x 64 floats, batch 4,096, one id per field, Zipf
+1.05 over a random permutation, one thread, CPU time. The quick profile has a tenth of the rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from raysys.bench import Baseline, Claim, Profile, paired_claim
+from raysys.errors import CapabilityError
+from raysys.training.fiited import FiitedConfig, FiitedStore, TableSpec, checkpoint
+from raysys.training.fiited.metrics import mapped_bytes
+from raysys.training.fiited.metrics import statistics as store_statistics
+
+TABLES, DIM, BATCH = 8, 64, 4096
+RATIO = 0.9325
+Step = Callable[[int], None]
+
+
+class Workload:
+    """Pre-made batches, and one step of every contender."""
+
+    def __init__(self, rows: int, batches: int) -> None:
+        torch.set_num_threads(1)
+        rng = np.random.default_rng(0)
+        tail = np.cumsum(np.arange(1, rows + 1, dtype=np.float64) ** -1.05)
+        orders = [rng.permutation(rows) for _ in range(TABLES)]
+        self.rows = rows
+        self.ids = [
+            [order[np.searchsorted(tail, rng.random(BATCH) * tail[-1])] for order in orders]
+            for _ in range(batches)
+        ]
+        self.grad = (rng.standard_normal((BATCH, TABLES * DIM)) * 0.01).astype(np.float32)
+        self.out = np.empty((BATCH, TABLES * DIM), np.float32)
+        self.specs = tuple(TableSpec(name=f"t{i}", dim=DIM, rows=rows) for i in range(TABLES))
+
+    def full(self) -> FiitedStore:
+        """Every row at full width through directory and slabs."""
+        config = FiitedConfig(budget_ratio=0.0, admit_after=0, cadence="manual", slack=0.0)
+        store = FiitedStore(config, self.specs, engine="native")
+        for low in range(0, self.rows, 4 * BATCH):
+            store.lookup([np.arange(low, min(self.rows, low + 4 * BATCH))] * TABLES, train=True)
+        return store
+
+    def pruned(self) -> FiitedStore:
+        """93.25% of chunks pruned, continuous adjustment on, trained until the pool is full."""
+        config = FiitedConfig(budget_ratio=RATIO, slack=0.01)
+        store = FiitedStore(config, self.specs, engine="native")
+        step = self.step(store)
+        for index in range(150):
+            step(index)
+        return store
+
+    def step(self, store: FiitedStore) -> Step:
+        """Lookup, fused update and adjustment of one batch."""
+
+        def run(index: int) -> None:
+            _, batch = store.lookup(self.ids[index % len(self.ids)], train=True, out=self.out)
+            store.update(batch, self.grad)
+            store.end_step()
+
+        return run
+
+
+@functools.cache
+def _workload(full: bool) -> Workload:
+    return Workload(500_000 if full else 50_000, 96 if full else 24)
+
+
+def alternate(steps: dict[str, Step], rounds: int, length: int) -> dict[str, list[float]]:
+    """Median CPU milliseconds per step of every contender, in rounds of A, B, ... A, B."""
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times = []
+            for index in range(length):
+                start = time.process_time()
+                step(index)
+                times.append(1e3 * (time.process_time() - start))
+            found[name].append(statistics.median(times))
+    return found
+
+
+def step_vs_fbgemm(profile: Profile) -> Claim:
+    """Fused step at 93.25% pruned against FBGEMM, exact row-wise Adagrad; full width too."""
+    load = _workload(profile.full)
+    steps = {
+        "pruned": load.step(load.pruned()),
+        "full": load.step(load.full()),
+        "fbgemm": _fbgemm(load),
+    }
+    found = alternate(steps, profile.pick(5, 9), len(load.ids))
+    return _rate_claim(
+        "step_vs_fbgemm", found, "pruned", "fbgemm", "FBGEMM CPU, exact row-wise Adagrad"
+    )
+
+
+def step_vs_embeddingbag(profile: Profile) -> Claim:
+    """Fused step at 93.25% pruned against EmbeddingBag with sparse gradients and Adagrad."""
+    load = _workload(profile.full)
+    steps = {
+        "pruned": load.step(load.pruned()),
+        "adagrad": _embedding_bag(load, torch.optim.Adagrad),
+        "sparse_adam": _embedding_bag(load, torch.optim.SparseAdam),
+    }
+    found = alternate(steps, profile.pick(3, 7), profile.pick(8, 24))
+    return _rate_claim("step_vs_embeddingbag", found, "pruned", "adagrad", "EmbeddingBag + Adagrad")
+
+
+def indirection_tax(profile: Profile) -> Claim:
+    """Step through directory and slabs over the same kernel on a plain dense table."""
+    load = _workload(profile.full)
+    config = FiitedConfig(budget_ratio=0.0, cadence="manual")
+    dense = FiitedStore(config, load.specs, engine="native", dense=True)
+    steps = {"slabs": load.step(load.full()), "dense": load.step(dense)}
+    found = alternate(steps, profile.pick(5, 9), len(load.ids))
+    return paired_claim(
+        "indirection_tax",
+        "ms per step",
+        "lower",
+        ours=found["slabs"],
+        baseline_name="same kernel, dense table",
+        baseline=found["dense"],
+    )
+
+
+def lookup_vs_embeddingbag(profile: Profile) -> Claim:
+    """Lookup alone at 93.25% pruned against EmbeddingBag's forward pass."""
+    load = _workload(profile.full)
+    store = load.pruned()
+    bags = [nn.EmbeddingBag(load.rows, DIM, mode="sum") for _ in range(TABLES)]
+    starts = torch.arange(BATCH)
+
+    def ours(index: int) -> None:
+        store.lookup(load.ids[index % len(load.ids)], out=load.out)
+
+    def theirs(index: int) -> None:
+        with torch.no_grad():
+            ids = load.ids[index % len(load.ids)]
+            torch.cat([bag(torch.from_numpy(i), starts) for bag, i in zip(bags, ids)], 1)
+
+    found = alternate({"ours": ours, "torch": theirs}, profile.pick(5, 9), len(load.ids))
+    return _rate_claim("lookup_vs_embeddingbag", found, "ours", "torch", "EmbeddingBag forward")
+
+
+def adjust_4m_ms(profile: Profile) -> Claim:
+    """One full adjustment round over 4 million rows of 4 chunks; the rows are the same in quick."""
+    rows, k = 4_000_000, 4
+    config = FiitedConfig(
+        chunk=4,
+        budget_slots=rows * k // 2,
+        admit_after=0,
+        cadence="manual",
+        optimizer="sgd",
+        compact=False,
+        min_alive=0,
+    )
+    store = FiitedStore(config, (TableSpec(name="t", dim=16, rows=rows),), engine="native")
+    rng = np.random.default_rng(0)
+    grow = store.slots // k
+    for low in range(0, grow, 50_000):
+        _train_rows(store, np.arange(low, min(grow, low + 50_000)), rng)
+    store.adjust()
+    for low in range(grow, rows, 50_000):  # the other rows ask for memory and get one chunk each
+        _train_rows(store, np.arange(low, min(rows, low + 50_000)), rng)
+    for _ in range(40):
+        store.adjust()
+    times, turned = [], []
+    for _ in range(profile.pick(3, 7)):
+        for low in rng.integers(0, rows - 50_000, 8):
+            _train_rows(store, np.arange(low, low + 50_000), rng)
+        before = store.engine.counters()
+        start = time.process_time()
+        store.engine.round()
+        times.append(1e3 * (time.process_time() - start))
+        after = store.engine.counters()
+        turned.append((after["grown"] - before["grown"]) / store.slots)
+    resident = store.engine.counters()["rows"]
+    samples = {"ms": times, "turned_over": turned, "resident_rows": resident, "chunks": k}
+    return Claim(
+        name="adjust_4m_ms",
+        value=statistics.median(times),
+        unit="ms of one core",
+        better="lower",
+        samples=samples,
+    )
+
+
+def step_p99(profile: Profile) -> Claim:
+    """99th percentile over median of the CPU time of a step in continuous mode."""
+    load = _workload(profile.full)
+    step = load.step(load.pruned())
+    times = []
+    for index in range(profile.pick(200, 600)):
+        start = time.process_time()
+        step(index)
+        times.append(1e3 * (time.process_time() - start))
+    median, high = float(np.median(times)), float(np.percentile(times, 99))
+    return Claim(
+        name="step_p99",
+        value=high / median,
+        unit="p99 / median",
+        better="lower",
+        samples={"median_ms": median, "p99_ms": high},
+    )
+
+
+def fragmentation(profile: Profile) -> Claim:
+    """1 - live / mapped bytes of the pool after ten turnovers, against a last-in-first-out list."""
+    found = {
+        policy: _turn_over(policy, profile.pick(100_000, 400_000)) for policy in ("fullest", "lifo")
+    }
+    return Claim(
+        name="fragmentation",
+        value=found["fullest"]["fragmentation"],
+        unit="share of mapped bytes",
+        better="lower",
+        baseline=Baseline(name="last freed, first used", value=found["lifo"]["fragmentation"]),
+        samples=found,
+    )
+
+
+def mapped_vs_accounted(profile: Profile) -> Claim:
+    """Growth of resident memory over what the store says that it maps."""
+    rows = profile.pick(200_000, 1_000_000)
+    before = _resident()
+    config = FiitedConfig(budget_ratio=0.5, admit_after=0, cadence="manual")
+    store = FiitedStore(config, (TableSpec(name="t", dim=64, rows=rows),), engine="native")
+    out = np.empty((20_000, 64), np.float32)
+    for low in range(0, rows, 20_000):
+        store.lookup([np.arange(low, low + 20_000)], train=True, out=out)
+    grown, told = _resident() - before - out.nbytes, mapped_bytes(store)
+    return Claim(
+        name="mapped_vs_accounted",
+        value=grown / told,
+        unit="resident / accounted",
+        better="lower",
+        samples={"resident_bytes": grown, "accounted_bytes": told},
+    )
+
+
+def checkpoint_mb_s(profile: Profile) -> Claim:
+    """Saving and loading with checksums, in MB of state per second of wall time."""
+    rows = profile.pick(200_000, 1_000_000)
+    config = FiitedConfig(budget_ratio=0.0, admit_after=0, cadence="manual")
+    spec = (TableSpec(name="t", dim=64, rows=rows),)
+    store = FiitedStore(config, spec, engine="native")
+    for low in range(0, rows, 20_000):
+        store.lookup([np.arange(low, low + 20_000)], train=True)
+    saves, loads = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for index in range(3):
+            start = time.perf_counter()
+            manifest = checkpoint.save(store, Path(folder) / str(index))
+            size = sum(part["bytes"] for part in manifest["parts"]) / 1e6
+            saves.append(size / (time.perf_counter() - start))
+            fresh = FiitedStore(config, spec, engine="native")
+            start = time.perf_counter()
+            checkpoint.load(fresh, Path(folder) / str(index))
+            loads.append(size / (time.perf_counter() - start))
+    return Claim(
+        name="checkpoint_mb_s",
+        value=statistics.median(saves),
+        unit="MB/s",
+        better="higher",
+        samples={"save": saves, "load": loads, "megabytes": size},
+    )
+
+
+def _rate_claim(
+    name: str, found: dict[str, list[float]], ours: str, baseline: str, baseline_name: str
+) -> Claim:
+    """Steps per CPU second; every contender's milliseconds and ratios go into the samples."""
+    ratios = {
+        f"{other}_over_{mine}": [b / a for a, b in zip(found[mine], found[other])]
+        for mine in found
+        for other in found
+        if mine in ("pruned", "full", "ours") and other not in ("pruned", "full", "ours")
+    }
+    return paired_claim(
+        name,
+        "steps per CPU second",
+        "higher",
+        ours=[1e3 / ms for ms in found[ours]],
+        baseline_name=baseline_name,
+        baseline=[1e3 / ms for ms in found[baseline]],
+        extra={"milliseconds": found, "ratios": ratios},
+    )
+
+
+def _fbgemm(load: Workload) -> Step:
+    try:
+        import fbgemm_gpu.split_table_batched_embeddings_ops_training as ops
+        from fbgemm_gpu.split_embedding_configs import EmbOptimType
+    except (ImportError, OSError) as error:
+        raise CapabilityError(
+            "FBGEMM's CPU kernels",
+            str(error),
+            "pip install --no-deps fbgemm-gpu-cpu==1.8.0 (the release built for torch 2.13)",
+        ) from error
+    host = (ops.EmbeddingLocation.HOST, ops.ComputeDevice.CPU)
+    layer: Any = ops.SplitTableBatchedEmbeddingBagsCodegen(
+        [(load.rows, DIM, *host)] * TABLES,
+        optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        learning_rate=0.05,
+        eps=1e-8,
+    )
+    layer.init_embedding_weights_uniform(-0.1, 0.1)
+    batches = [torch.from_numpy(np.concatenate(ids)) for ids in load.ids]
+    offsets, grad = torch.arange(TABLES * BATCH + 1), torch.from_numpy(load.grad)
+
+    def run(index: int) -> None:
+        layer(batches[index % len(batches)], offsets).backward(grad)
+
+    return run
+
+
+def _embedding_bag(load: Workload, rule: Any) -> Step:
+    bags = [nn.EmbeddingBag(load.rows, DIM, mode="sum", sparse=True) for _ in range(TABLES)]
+    optimizer = rule([bag.weight for bag in bags], lr=0.05)
+    starts, grad = torch.arange(BATCH), torch.from_numpy(load.grad)
+
+    def run(index: int) -> None:
+        ids = load.ids[index % len(load.ids)]
+        out = torch.cat([bag(torch.from_numpy(i), starts) for bag, i in zip(bags, ids)], 1)
+        out.backward(grad)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def _train_rows(store: FiitedStore, ids: np.ndarray, rng: np.random.Generator) -> None:
+    out, batch = store.lookup([ids], train=True)
+    grad = (rng.standard_normal(out.shape) * rng.random((len(ids), 1))).astype(np.float32)
+    store.update(batch, grad)
+    store.engine.end_step(0, 0)
+
+
+def _turn_over(policy: Any, rows: int) -> dict[str, float]:
+    config = FiitedConfig(
+        budget_slots=rows, chunk=16, interval=20, gamma=0.5, free_policy=policy, churn_cap=0.5
+    )
+    store = FiitedStore(config, (TableSpec(name="t", dim=64, rows=rows),), engine="native")
+    rng = np.random.default_rng(0)
+    turned, shift = 0.0, 0
+    while turned < 10 and shift < 4000:
+        shift += 1  # the popular ids drift through the id space
+        ids = (rng.zipf(1.2, 20_000) % rows) + shift * rows // 40
+        _, batch = store.lookup([ids], train=True)
+        store.update(batch, rng.standard_normal((len(ids), 64)).astype(np.float32))
+        store.end_step()
+        turned = store.engine.counters()["evicted"] / store.slots
+    found = store_statistics(store)
+    return {"fragmentation": found["fragmentation"], "turnovers": turned, "steps": shift}
+
+
+def _resident() -> int:
+    text = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
+    line = next(line for line in text.splitlines() if line.startswith("Rss:"))
+    return int(line.split()[1]) * 1024
