@@ -52,7 +52,6 @@ POLICIES: dict[str, PolicyFactory] = {
     "fifo": baselines.fifo,
     "srsf": baselines.srsf,
     "srsf_total": baselines.srsf_total,
-    "least_attained": baselines.least_attained,
     "venn_round": IRS,
     "venn_total": lambda: IRS(IRSConfig(demand_scope="total")),
     "venn": lambda: IRS(IRSConfig(demand_scope="total", yield_factor=2.0)),
