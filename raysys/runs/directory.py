@@ -1,9 +1,9 @@
 """One run, one directory.
 
-    <run>/manifest.json            job, config, seeds, versions, host, status
-    <run>/tables/<name>/*.parquet  metrics, events and any further table, in append-only parts
-    <run>/checkpoints/<step>/      files of one checkpoint; complete, or absent
-    <run>/report.html, *.json      results
+<run>/manifest.json            job, config, seeds, versions, host, status
+<run>/tables/<name>/*.parquet  metrics, events and any further table, in append-only parts
+<run>/checkpoints/<step>/      files of one checkpoint; complete, or absent
+<run>/report.html, *.json      results
 """
 
 from __future__ import annotations
@@ -81,9 +81,7 @@ class RunDirectory:
 
     def set_status(self, status: Status, now: str | None, error: str | None = None) -> None:
         """Record the state of the run in its manifest."""
-        self.manifest = dataclasses.replace(
-            self.manifest, status=status, ended_at=now, error=error
-        )
+        self.manifest = dataclasses.replace(self.manifest, status=status, ended_at=now, error=error)
         self.storage.write(MANIFEST, self.manifest.to_json())
 
     def write_json(self, name: str, value: Any) -> None:
