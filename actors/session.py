@@ -144,6 +144,8 @@ def use_token_if_present() -> bool:
 
 
 def _start_private(config: SessionConfig, namespace: str) -> None:
+    # Ray runs workers at nice 15; on a shared machine they then starve beside anything else.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray = _import_ray()
     temp = machine.temp_dir()
     options: dict[str, Any] = {"_temp_dir": str(temp)} if temp else {}

@@ -335,7 +335,7 @@ def _embedding_bag(load: Workload, rule: Any) -> Step:
     def run(index: int) -> None:
         ids = load.ids[index % len(load.ids)]
         out = torch.cat([bag(torch.from_numpy(i), starts) for bag, i in zip(bags, ids)], 1)
-        out.backward(grad)
+        out.backward(grad)  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
 
