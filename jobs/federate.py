@@ -7,8 +7,6 @@ import functools
 import math
 from typing import Any
 
-import matplotlib.pyplot as plt
-
 from actors.federated.coordinator import RoundSummary
 from actors.federated.driver import FederatedRun
 from actors.federated.ensemble import build_ensemble
@@ -210,7 +208,6 @@ def _curves(scored: list[RoundSummary]) -> Section:
     axes.set_xlabel("round")
     axes.set_ylabel("accuracy")
     axes.legend()
-    plt.close(figure)
     plot = Plot(
         title="Accuracy by round, and its spread over clients",
         caption="Bands: percentiles of accuracy on each client's own training samples.",
@@ -227,7 +224,6 @@ def _losses(summaries: list[RoundSummary]) -> Section:
     axes.set_xlabel("round")
     axes.set_ylabel("mean loss of the round's clients")
     axes.legend()
-    plt.close(figure)
     plot = Plot(title="Local loss", caption="Before and after local training.", figure=figure)
     return Section(title="Local training", plots=[plot])
 

@@ -31,7 +31,7 @@ CONFIG: dict[str, Any] = {
     "lengths": "prompt lognormal(ln 160, 1), output lognormal(ln 250, 0.8) up to 1,500",
     "readers": "reading classes by age, TTFT target max(1, prompt / 5000) s",
     "cheap_restore": "a tenth of recomputing",
-    **andes_engine.CONFIG,
+    **andes_engine.ENGINE_CONFIG,
 }
 FCFS = ("fcfs", "fcfs_prefill_first")
 _SIMULATIONS = Simulations()

@@ -43,7 +43,7 @@ from raysys.serving.andes.simulator.workload import Workload
 RUNS = 3
 WARM_UP_CHATS = 8
 CONTEST = ContestConfig()
-CONFIG = {"engine_contest": config_to_dict(CONTEST)}
+ENGINE_CONFIG = {"engine_contest": config_to_dict(CONTEST)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
