@@ -87,6 +87,7 @@ def _isolated(home: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
         "RAYSYS_HOME": str(machine.cache_dir()),
     }
 
