@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from raysys.errors import CapabilityError, ConfigError
 from raysys.ops import fiited_abi as abi
+from raysys.training.fiited.batch_checks import check_offsets, check_weights
 from raysys.training.fiited.config import FiitedConfig, TableSpec, budget_slots, check_tables
 from raysys.training.fiited.native import F32, I64, Batch, NativeEngine
 
@@ -98,8 +99,8 @@ class FiitedStore:
         if len(ids) != len(self.tables):
             raise ConfigError("values", len(ids), f"ids for {len(self.tables)} tables")
         starts = np.cumsum([0, *[len(table) for table in ids]]).astype(np.int64)
-        absolute, bags = _check_offsets(ids, offsets, starts)
-        per_value = _check_weights(ids, weights)
+        absolute, bags = check_offsets(ids, offsets, starts)
+        per_value = check_weights(ids, weights)
         if out is None:
             out = np.empty((bags, self.width), np.float32)
         elif out.shape != (bags, self.width) or out.dtype != np.float32:
@@ -354,48 +355,3 @@ def _page_bytes(budget: int, largest_slot: int) -> int:
     while size < 2**21 and (size < budget // 128 or size < largest_slot):
         size *= 2
     return size
-
-
-def _check_offsets(
-    ids: list[I64], offsets: list[npt.ArrayLike] | None, starts: I64
-) -> tuple[I64 | None, int]:
-    if offsets is None:
-        sizes = {len(table) for table in ids}
-        if len(sizes) > 1:
-            raise ConfigError("values", sorted(sizes), "the same number of ids in every table")
-        return None, sizes.pop() if sizes else 0
-    if len(offsets) != len(ids):
-        raise ConfigError("offsets", len(offsets), f"offsets for {len(ids)} tables")
-    tables = [_full_offsets(i, np.asarray(o), len(ids[i])) for i, o in enumerate(offsets)]
-    if len({len(table) for table in tables}) > 1:
-        raise ConfigError("offsets", [len(t) for t in tables], "the same number of bags each")
-    return np.concatenate([t + starts[i] for i, t in enumerate(tables)]), len(tables[0]) - 1
-
-
-def _full_offsets(index: int, offsets: npt.NDArray[Any], size: int) -> I64:
-    field = f"offsets[{index}]"
-    if offsets.dtype.kind not in "iu" or offsets.ndim != 1 or len(offsets) == 0:
-        raise ConfigError(field, f"{offsets.dtype} {offsets.shape}", "1-d integers, not empty")
-    full = offsets.astype(np.int64)
-    if full[0] != 0:
-        raise ConfigError(field, int(full[0]), "a first offset of 0")
-    if np.any(np.diff(full) < 0):
-        raise ConfigError(field, "decreasing values", "non-decreasing offsets")
-    if full[-1] != size:
-        raise ConfigError(field, int(full[-1]), f"a last offset of {size}, the number of ids")
-    return full
-
-
-def _check_weights(ids: list[I64], weights: list[npt.ArrayLike] | None) -> F32 | None:
-    if weights is None:
-        return None
-    arrays = [np.asarray(w, np.float32) for w in weights]
-    if [w.shape for w in arrays] != [i.shape for i in ids]:
-        shapes = [w.shape for w in arrays]
-        raise ConfigError("per_sample_weights", shapes, f"shapes {[i.shape for i in ids]}")
-    joined = np.ascontiguousarray(np.concatenate(arrays))
-    if not np.isfinite(joined).all():
-        position = int(np.argmin(np.isfinite(joined)))
-        got = f"{joined[position]} at position {position}"
-        raise ConfigError("per_sample_weights", got, "finite weights")
-    return joined
