@@ -27,14 +27,19 @@ from raysys.runs.storage import Storage
 
 
 def systems() -> list[str]:
-    """Names of the systems that have a benchmark: modules that define ``CLAIMS`` and ``CONFIG``."""
-    names = [module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg]
-    return [name for name in names if name != "__main__" and _is_benchmark(name)]
+    """Names of the systems that have a benchmark: what defines ``CLAIMS`` and ``CONFIG``.
+
+    A benchmark is ``jobs/bench/SYSTEM.py`` or, where one file is not enough, a folder
+    ``jobs/bench/SYSTEM/`` whose ``__init__.py`` defines both.
+    """
+    modules = pkgutil.iter_modules(package.__path__)
+    return [m.name for m in modules if m.name != "__main__" and _is_benchmark(m.name, m.ispkg)]
 
 
-def _is_benchmark(name: str) -> bool:
+def _is_benchmark(name: str, is_folder: bool) -> bool:
     """Whether a module holds a whole benchmark; read as text, so that listing imports nothing."""
-    text = (Path(package.__path__[0]) / f"{name}.py").read_text(encoding="utf-8")
+    file = f"{name}/__init__.py" if is_folder else f"{name}.py"
+    text = (Path(package.__path__[0]) / file).read_text(encoding="utf-8")
     return "\nCLAIMS" in text and "\nCONFIG" in text
 
 
