@@ -11,7 +11,7 @@ outputs, S steps, N samples in the data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ def train(
     prox_mu: float = 0.0,
     drift: Sequence[Tensor] | None = None,
     regression: bool = False,
+    before_step: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Train C clients in place; clients are sorted by falling number of steps.
 
@@ -39,7 +40,8 @@ def train(
             overwritten by the trained parameters.
         tokens_NL: int64 tokens of every sample. targets_N: int64 labels, or float32 [N, O].
         index_SCB, scale_SCB, active: batches, as in ``batched_mlp``.
-        lr, momentum, weight_decay, prox_mu, drift, regression: as in ``batched_mlp``.
+        lr, momentum, weight_decay, prox_mu, drift, regression, before_step: as in
+            ``batched_mlp``.
 
     Returns:
         Mean loss of each client's first and last batch, float32 [C] each.
@@ -52,6 +54,8 @@ def train(
     last = torch.zeros_like(first)
     row_of_client = (torch.arange(clients) * vocabulary).view(-1, 1, 1)
     for step, k in enumerate(active):
+        if before_step is not None:
+            before_step(step)
         index, scale_kB = index_SCB[step, :k], scale_SCB[step, :k]
         tokens_kBL = tokens_NL[index] + row_of_client[:k]
         flat = table.view(-1, dim)

@@ -10,7 +10,7 @@ Dimensions: C clients in the chunk, B samples in a batch, S steps, N samples in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ def train(
     prox_mu: float = 0.0,
     drift: Sequence[Tensor] | None = None,
     regression: bool = False,
+    before_step: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Train C clients in place; clients are sorted by falling number of steps.
 
@@ -44,6 +45,7 @@ def train(
             ``prox_mu * (w - w0)`` of FedProx.
         drift: added to the gradient at each step, shaped like ``params`` (SCAFFOLD's c - c_k).
         regression: squared error averaged over outputs instead of cross-entropy.
+        before_step: called with the number of each step before it; may read ``params``.
 
     Returns:
         Mean loss of each client's first and last batch, float32 [C] each.
@@ -53,6 +55,8 @@ def train(
     losses_first = params[0].new_zeros(params[0].shape[0])
     losses_last = torch.zeros_like(losses_first)
     for step, k in enumerate(active):
+        if before_step is not None:
+            before_step(step)
         live = [p[:k] for p in params]
         scale_kB = scale_SCB[step, :k]
         index = index_SCB[step, :k].reshape(-1)

@@ -43,6 +43,7 @@ class ClientTable:
     n_samples: IntArray
     status: npt.NDArray[np.int8]
     sketch: npt.NDArray[np.float32] | None = None
+    sketch_half: npt.NDArray[np.float32] | None = None
     controls: npt.NDArray[np.float32] | None = None
 
     def count(self, status: Status) -> int:
@@ -129,8 +130,10 @@ class RoundFold:
         def join(name: str) -> npt.NDArray[np.float32]:
             return np.concatenate([getattr(part, name) for part in parts])
 
-        has_sketch = bool(parts) and parts[0].sketch is not None
-        has_controls = bool(parts) and parts[0].controls is not None
+        def optional(name: str) -> npt.NDArray[np.float32] | None:
+            there = bool(parts) and getattr(parts[0], name) is not None
+            return join(name) if there else None
+
         return ClientTable(
             clients=join("clients").astype(np.int64),
             rows=join("rows").astype(np.int64),
@@ -139,8 +142,9 @@ class RoundFold:
             norm=join("norm"),
             n_samples=join("n_samples").astype(np.int64),
             status=join("status").astype(np.int8),
-            sketch=join("sketch") if has_sketch else None,
-            controls=join("controls") if has_controls else None,
+            sketch=optional("sketch"),
+            sketch_half=optional("sketch_half"),
+            controls=optional("controls"),
         )
 
     def _check(self, partial: Partial) -> None:

@@ -91,12 +91,13 @@ def play_devices(
                 f"{demand.clients} clients in round {round_id}", f"only {size} are suitable",
                 "Lower clients_per_round, or the needs of the stream",
             )  # fmt: skip
-        n = min(size, math.ceil(demand.clients * config.overcommit))
+        offered = min(size, demand.clients + demand.spare)
+        n = min(size, math.ceil(offered * config.overcommit))
         rng = generator(seed, Purpose.SELECTION, round_id, attempt * 1000 + number)
         drawn = rng.choice(size, size=n, replace=False, shuffle=False).astype(np.int64)
         started = np.sort(drawn if pool is None else pool[drawn])
         taken = np.concatenate([taken, started])
-        parts.append(_play(population, started, demand.clients, config, cost_of, rng))
+        parts.append(_play(population, started, offered, config, cost_of, rng))
     if len(parts) == 1:
         return parts[0]
     biases = [part.capacity_bias for part in parts if part.capacity_bias is not None]

@@ -296,7 +296,9 @@ class FederatedJob:
         counts["late"] = len(opened.outcome.late)
         counts["failed"] = len(opened.outcome.failed)
         ok = table.ok
-        model_bytes = 4 * len(self.strategy.weights(0))
+        smallest = 4 * len(self.strategy.weights(0))
+        group_bytes = [4 * layout_of(g.spec).n_params for g in opened.groups]
+        answered = [0 if g.fold is None else g.fold.table().count(Status.OK) for g in opened.groups]
         group_work = [
             3 * layout_of(g.spec).n_params * int(_samples_trained(g, self.population).sum())
             for g in opened.groups
@@ -307,8 +309,9 @@ class FederatedJob:
             counts=counts,
             loss_first=_mean(table.loss_first[ok]),
             loss_last=_mean(table.loss_last[ok]),
-            bytes_down=model_bytes * (len(table.clients) + counts["late"] + counts["failed"]),
-            bytes_up=model_bytes * int(ok.sum()),
+            bytes_down=sum(b * len(g.clients) for b, g in zip(group_bytes, opened.groups))
+            + smallest * (counts["late"] + counts["failed"]),
+            bytes_up=sum(b * n for b, n in zip(group_bytes, answered)),
             macs=sum(group_work),
             virtual_s=opened.outcome.duration_s,
             table=table,

@@ -31,11 +31,43 @@ KERNELS: dict[type, str] = {Mlp: "batched_mlp", EmbeddingBag: "batched_embedding
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trained:
-    """What a chunk gives back: deltas w - w0 float32 [C, P], losses of first and last batch [C]."""
+    """What a chunk gives back: deltas w - w0 float32 [C, P], losses of first and last batch [C].
+
+    ``half`` is the delta after the first half of each client's steps, where it was asked for.
+    """
 
     delta: Tensor
     loss_first: Tensor
     loss_last: Tensor
+    half: Tensor | None = None
+
+
+class _Halfway:
+    """Copies each client's parameters after the first half of its steps, rounded down.
+
+    Clients stand by falling number of steps, so those that are halfway at one step are a run.
+    """
+
+    def __init__(self, active: list[int], clients: int, n_params: int) -> None:
+        self.flat = torch.empty(clients, n_params)
+        steps = [sum(k > client for k in active) for client in range(clients)]
+        self._half = [count // 2 for count in steps]
+        self._runs: dict[int, tuple[int, int]] = {}
+        for client, half in enumerate(self._half):
+            begin, _ = self._runs.get(half, (client, client))
+            self._runs[half] = (begin, client + 1)
+
+    def chunk(self, step: int, params: Sequence[Tensor]) -> None:
+        """Copy the clients that are halfway before ``step`` out of stacked parameters."""
+        if step in self._runs:
+            begin, end = self._runs[step]
+            parts = [part[begin:end].reshape(end - begin, -1) for part in params]
+            torch.cat(parts, dim=1, out=self.flat[begin:end])
+
+    def client(self, step: int, client: int, params: Sequence[Tensor]) -> None:
+        """The same for one client that trains alone."""
+        if self._half[client] == step:
+            torch.cat([part.reshape(-1) for part in params], out=self.flat[client])
 
 
 def available_rungs(spec: ModelSpec) -> tuple[str, ...]:
@@ -61,6 +93,7 @@ def train_chunk(
     batches: Batches,
     config: LocalConfig,
     drift_CP: Tensor | None = None,
+    halves: bool = False,
 ) -> Trained:
     """Train a chunk of clients, each from a row of ``weights_KP`` (left as it is).
 
@@ -69,6 +102,7 @@ def train_chunk(
         weights_KP: float32 weights of the round's models. rows_C: int64 row of each client.
         inputs, targets: the sample arrays that ``batches`` index.
         drift_CP: added to every gradient (SCAFFOLD), or None.
+        halves: also return the delta of the first half of each client's steps.
 
     Raises:
         ConfigError: unknown rung, or one that cannot train this model.
@@ -79,13 +113,16 @@ def train_chunk(
     params = [part.index_select(0, rows_C) for part in layout.split(weights_KP)]
     drift = None if drift_CP is None else layout.split(drift_CP)
     train = {"batched": _train_batched, "vmap": _train_vmap, "loop": _train_loop}[rung]
-    first, last = train(spec, params, inputs, targets, batches, config, drift)
+    halfway = _Halfway(batches.active, len(rows_C), layout.n_params) if halves else None
+    first, last = train(spec, params, inputs, targets, batches, config, drift, halfway)
     delta = torch.cat([part.reshape(len(rows_C), -1) for part in params], dim=1)
     # Clients of one model mostly stand together: subtract run by run, without a gathered copy.
     row, length = torch.unique_consecutive(rows_C, return_counts=True)
-    for place, part in zip(row.tolist(), torch.split(delta, length.tolist())):
-        part.sub_(weights_KP[place])
-    return Trained(delta, first, last)
+    half = None if halfway is None else halfway.flat
+    for moved in (delta, half) if half is not None else (delta,):
+        for place, part in zip(row.tolist(), torch.split(moved, length.tolist())):
+            part.sub_(weights_KP[place])
+    return Trained(delta, first, last, half)
 
 
 def sample_losses(out: Tensor, targets: Tensor, task: str) -> Tensor:
@@ -111,6 +148,7 @@ def _train_batched(
     batches: Batches,
     config: LocalConfig,
     drift: Sequence[Tensor] | None,
+    halfway: _Halfway | None = None,
 ) -> tuple[Tensor, Tensor]:
     kernel = load_kernel(KERNELS[type(spec.architecture)])
     first, last = kernel.train(
@@ -126,6 +164,7 @@ def _train_batched(
         prox_mu=config.prox_mu,
         drift=drift,
         regression=spec.task == "regression",
+        before_step=None if halfway is None else lambda step: halfway.chunk(step, params),
     )
     return first, last
 
@@ -152,12 +191,15 @@ def _train_vmap(
     batches: Batches,
     config: LocalConfig,
     drift: Sequence[Tensor] | None,
+    halfway: _Halfway | None = None,
 ) -> tuple[Tensor, Tensor]:
     gradient = _mapped_gradient(spec)
     sgd = _Sgd(params, config, drift)
     first = params[0].new_zeros(len(params[0]))
     last = torch.zeros_like(first)
     for step, k in enumerate(batches.active):
+        if halfway is not None:
+            halfway.chunk(step, params)
         index = batches.index[step, :k]
         live = tuple(part[:k] for part in params)
         grads, losses = gradient(live, inputs[index], targets[index], batches.scale[step, :k])
@@ -176,6 +218,7 @@ def _train_loop(
     batches: Batches,
     config: LocalConfig,
     drift: Sequence[Tensor] | None,
+    halfway: _Halfway | None = None,
 ) -> tuple[Tensor, Tensor]:
     module = cached_module(spec).train()
     own = list(module.parameters())
@@ -191,6 +234,8 @@ def _train_loop(
         for step, k in enumerate(batches.active):
             if client >= k:
                 break
+            if halfway is not None:
+                halfway.client(step, client, live)
             scale = batches.scale[step, client]
             filled = int(torch.count_nonzero(scale))
             index = batches.index[step, client, :filled]

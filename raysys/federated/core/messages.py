@@ -41,6 +41,9 @@ class FeedbackSpec:
         sketch_dim: size of each client's sketch; 0 for none.
         sketch_density: non-zeros of the projection per parameter.
         controls: whether clients carry SCAFFOLD control variates.
+        halves: also sketch the update after the first half of each client's steps. Left out where
+            noise is added: a second release of the same update would not be covered by it.
+        sketch_tail: sketch only this last share of the flat update; 1 takes all of it.
     """
 
     weighting: str = "samples"
@@ -48,12 +51,15 @@ class FeedbackSpec:
     sketch_dim: int = 0
     sketch_density: int = 3
     controls: bool = False
+    halves: bool = False
+    sketch_tail: float = 1.0
 
     def __post_init__(self) -> None:
         check_choice(self, "weighting", ("samples", "uniform", "loss"))
         check_range(self, "q", 0)
         check_range(self, "sketch_dim", 0, 65536)
         check_range(self, "sketch_density", 1, 16)
+        check_range(self, "sketch_tail", 0, 1, low_open=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +123,7 @@ class Partial:
         sum_delta: weighted sums of updates, float64 [R, P]. sum_weight: of weights, float64 [R].
         sum_scalar: the denominators of q-FedAvg, float64 [R]; zero otherwise.
         loss_first, loss_last, norm: float32 [k]; the norm is that before clipping.
-        n_samples: int64 [k]. status: int8 [k]. sketch: float32 [k, D] or None.
+        n_samples: int64 [k]. status: int8 [k]. sketch, sketch_half: float32 [k, D] or None.
         controls: change of each client's SCAFFOLD control variate, float32 [k, P], or None.
         busy_s: CPU seconds the worker spent, for balance and reports only.
     """
@@ -138,6 +144,7 @@ class Partial:
     n_samples: IntArray
     status: npt.NDArray[np.int8]
     sketch: Float32Array | None = None
+    sketch_half: Float32Array | None = None
     controls: Float32Array | None = None
     busy_s: float = 0.0
 

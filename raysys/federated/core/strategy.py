@@ -39,12 +39,14 @@ class Demand:
         clients: number of answers wanted.
         min_mac_s, min_memory_bytes: what a device must have.
         stream: name of the stream, for a strategy that opens several.
+        spare: devices offered beyond ``clients``, so that the strategy may decline as many.
     """
 
     clients: int
     min_mac_s: float = 0.0
     min_memory_bytes: float = 0.0
     stream: str = "all"
+    spare: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

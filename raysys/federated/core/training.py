@@ -71,7 +71,7 @@ def train_task(
         with _dropout_seed(task, int(clients[places[0]])):
             trained = train_chunk(
                 task.rung, task.spec, weights, rows, samples.inputs, samples.targets, batches,
-                task.local, drift,
+                task.local, drift, task.feedback.halves,
             )  # fmt: skip
         losses = _received_losses(task, weights, rows, samples, population, clients[places])
         fold.add(places, trained, losses, batches.active)
@@ -93,6 +93,8 @@ class _TaskFold:
         self._status = np.where(counts > 0, Status.OK, Status.EMPTY).astype(np.int8)
         dim = task.feedback.sketch_dim
         self._sketch = np.zeros((k, dim), dtype=np.float32) if dim else None
+        halves = dim and task.feedback.halves and not task.local_noise
+        self._sketch_half = np.zeros((k, dim), dtype=np.float32) if halves else None
         self._controls = (
             np.zeros((k, n_params), dtype=np.float32) if task.feedback.controls else None
         )
@@ -122,10 +124,10 @@ class _TaskFold:
         weight, scalar = self._weights(places, norm * factor, losses)
         self._sum_rows(places, delta, factor.numpy().astype(np.float64), weight, scalar, kept)
         if self._sketch is not None:
-            dim, density = task.feedback.sketch_dim, task.feedback.sketch_density
-            self._sketch[places] = sketch_rows(
-                (delta * factor.unsqueeze(1)).numpy(), dim, density, task.seed
-            )
+            self._sketch[places] = self._project(delta, factor)
+        if self._sketch_half is not None and trained.half is not None:
+            trained.half[torch.from_numpy(~kept)] = 0.0
+            self._sketch_half[places] = self._project(trained.half, factor)
         if self._controls is not None:
             # Option II of SCAFFOLD: c_k+ - c_k = -c - (w_k - w) / (steps * lr); -c is the server's.
             steps = np.array([(np.array(active) > i).sum() for i in range(len(places))])
@@ -152,8 +154,16 @@ class _TaskFold:
             n_samples=self.n_samples,
             status=self._status,
             sketch=self._sketch,
+            sketch_half=self._sketch_half,
             controls=self._controls,
         )
+
+    def _project(self, delta: Tensor, factor: Tensor) -> npt.NDArray[np.float32]:
+        """Sketches of scaled updates, of their last part only where the strategy wants that."""
+        feedback = self._task.feedback
+        first = delta.shape[1] - max(1, round(feedback.sketch_tail * delta.shape[1]))
+        scaled = (delta[:, first:] * factor.unsqueeze(1)).numpy()
+        return sketch_rows(scaled, feedback.sketch_dim, feedback.sketch_density, self._task.seed)
 
     def _screen(self, norm: Tensor, trained: Trained) -> npt.NDArray[np.int8]:
         finite = (torch.isfinite(norm) & torch.isfinite(trained.loss_last)).numpy()
