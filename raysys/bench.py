@@ -20,9 +20,15 @@ Better = Literal["higher", "lower"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """How much work a claim may do: ``quick`` keeps a whole system within three minutes."""
+    """How much work a claim may do: ``quick`` keeps a whole system within three minutes.
+
+    Args:
+        partial: folder where long claims keep finished pieces (:mod:`jobs.bench.pieces`), so that
+            an interrupted run goes on; empty keeps nothing.
+    """
 
     name: Literal["quick", "full"] = "quick"
+    partial: str = ""
 
     @property
     def full(self) -> bool:

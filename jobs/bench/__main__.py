@@ -1,6 +1,7 @@
 """Measure a system's claims side by side with its baselines.
 
     python -m jobs.bench SYSTEM [--profile quick|full] [--only CLAIM] [--json PATH]
+                                [--partial FOLDER]
 
 Writes JSON (``-`` is standard output) as ``raysys/bench.py`` describes. It never judges itself.
 """
@@ -95,9 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", choices=("quick", "full"), default="quick")
     parser.add_argument("--only", metavar="CLAIM", action="append", default=[])
     parser.add_argument("--json", metavar="PATH", help="where the JSON goes; - for standard output")
+    parser.add_argument(
+        "--partial", metavar="FOLDER", default="", help="keep finished pieces here, and go on"
+    )
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
-    profile = Profile(name=options.profile)
+    profile = Profile(name=options.profile, partial=options.partial)
     try:
         if options.system == "all":
             result: Any = [measure(name, profile, (), console) for name in systems()]

@@ -1,8 +1,9 @@
-"""Systems measurements of KGT: step ceilings, a stopped controller, kill and resume, a coreset."""
+"""Systems measurements of KGT: step ceilings, kill and resume, a coreset."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import signal
 import tempfile
@@ -14,9 +15,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from actors.kgt import start_remote_control
-from actors.session import Session, SessionConfig
-from jobs.bench import kgt_tasks as tasks
+from jobs.bench.kgt import tasks
+from jobs.bench.pieces import Piece, measure_pieces
 from raysys.bench import Profile
 from raysys.training import datasets
 from raysys.training.ccs import (
@@ -29,15 +29,14 @@ from raysys.training.ccs import (
 from raysys.training.datasets import LabelledArrays
 from raysys.training.kgt import KGT, DataDescription, EventLog, KGTConfig, NoFreezing
 from raysys.training.kgt.baselines import schedule_of
-from raysys.training.kgt.config import resolve
 from raysys.training.kgt.controller import EventSink, ignore
 from raysys.training.kgt.loop import Recipe, TrainData, TrainLoop
-from raysys.training.kgt.models import ResNet, resnet1d, resnet20
-from raysys.training.kgt.plan import parse
+from raysys.training.kgt.models import ResNet, resnet20
 
 _BATCH = 64
 _STEPS = 2
 _CORESET_SHARE = 0.3
+_CORESET_SEED = 600
 _SCORING_EPOCHS = 4
 
 
@@ -89,69 +88,6 @@ def _steps(kgt: KGT, x: torch.Tensor, y: torch.Tensor, ids: np.ndarray, count: i
         kgt.step(loss)
         kgt.optimizer.zero_grad()
     return (time.process_time() - start) / count
-
-
-class _TimedControl:
-    """Passes calls on and keeps the longest."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-        self.longest = 0.0
-        self.needs_gradients = False
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self.inner, name)
-
-        def timed(*args: Any) -> Any:
-            start = time.perf_counter()
-            result = method(*args)
-            self.longest = max(self.longest, time.perf_counter() - start)
-            return result
-
-        return timed
-
-
-def stopped_controller(seconds: float) -> tuple[list[float], list[float], float]:
-    """Step wall times with the controller process stopped and with it running, by turns.
-
-    Returns:
-        Steps while stopped, steps while running, the longest call into the control meanwhile.
-    """
-    import ray
-
-    torch.set_num_threads(1)
-    with Session.start(SessionConfig(address="local", num_cpus=4, object_store_mb=128)):
-        split = datasets.mnist1d(2000, 100)
-        data = tasks.train_data(split.train)
-        config = KGTConfig(window=3, every=10, reference="fp32", modules=16)
-        model = resnet1d()
-        plan = parse(model, (data.x[:_BATCH],), modules=16)
-        steps = 1_000_000
-        remote = start_remote_control(resolve(config, steps, len(plan)), model, plan, steps)
-        control = _TimedControl(remote)
-        recipe = Recipe(epochs=steps // 31, batch_size=_BATCH, schedule="constant", lr=0.01)
-        loop = TrainLoop(model, data, recipe, config, plan=plan, control=lambda p, s: control)
-        pid = ray.get(remote._controller.health.remote())["pid"]
-        loop.run(until=60)
-        control.longest = 0.0
-        stopped: list[float] = []
-        running: list[float] = []
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            _time_steps(loop, seconds, stopped)
-        finally:
-            os.kill(pid, signal.SIGCONT)
-        _time_steps(loop, seconds, running)
-        loop.close()
-    return stopped, running, control.longest
-
-
-def _time_steps(loop: TrainLoop, seconds: float, into: list[float]) -> None:
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        loop.run(until=loop.step + 1)
-        into.append(time.perf_counter() - start)
 
 
 def resume_runs(kills: int) -> list[dict[str, Any]]:
@@ -233,29 +169,33 @@ def _train_and_die(optimizer: str, step: int, path: Path, folder: str) -> None:
 def coreset_runs(profile: Profile) -> list[dict[str, Any]]:
     """Vanilla on all examples against KGT with cache on a CCS coreset, same number of epochs."""
     task = tasks.mnist1d(profile, "step")
-    rows = []
-    for seed in range(300, 300 + profile.pick(1, 3)):
-        coreset, scoring_s = ccs_coreset(task, seed)
-        smaller = dataclasses.replace(task, split=dataclasses.replace(task.split, train=coreset))
-        every = max(2, round(12 * _CORESET_SHARE))
-        methods: dict[str, tasks.Method] = {"vanilla": tasks.vanilla}
-        whole = tasks.side_by_side(task, methods, seed)["vanilla"]
-        few = tasks.side_by_side(
-            smaller, {"vanilla": tasks.vanilla, "kgt": tasks.kgt(True, every=every)}, seed
-        )
-        rows.append(
-            {
-                "seed": seed,
-                "cpu_ratio": few["kgt"].cpu_s / whole.cpu_s,
-                "cpu_ratio_coreset_alone": few["vanilla"].cpu_s / whole.cpu_s,
-                "scoring_cpu_ratio": scoring_s / whole.cpu_s,
-                "vanilla_points": 100 * whole.accuracy,
-                "coreset_points": 100 * few["vanilla"].accuracy,
-                "coreset_kgt_points": 100 * few["kgt"].accuracy,
-                "hit_rate": few["kgt"].hit_rate,
-            }
-        )
-    return rows
+    key = {"recipe": dataclasses.asdict(task.recipe), "share": _CORESET_SHARE}
+    pieces = [
+        Piece(f"coreset-{seed}", {**key, "seed": seed}, functools.partial(_coreset_run, task, seed))
+        for seed in range(_CORESET_SEED, _CORESET_SEED + profile.pick(1, 3))
+    ]
+    return measure_pieces(profile.partial, pieces)
+
+
+def _coreset_run(task: tasks.Task, seed: int) -> dict[str, Any]:
+    coreset, scoring_s = ccs_coreset(task, seed)
+    smaller = dataclasses.replace(task, split=dataclasses.replace(task.split, train=coreset))
+    # The run has fewer steps: readings at the same epochs.
+    every = max(2, round(tasks.KGT_OPTIONS["every"] * _CORESET_SHARE))
+    whole = tasks.side_by_side(task, {"vanilla": tasks.VANILLA}, seed)["vanilla"]
+    ways = {"vanilla": tasks.VANILLA, "kgt": tasks.Method("kgt", True, {"every": every})}
+    few = tasks.side_by_side(smaller, ways, seed)
+    return {
+        "seed": seed,
+        "cpu_ratio": few["kgt"].cpu_s / whole.cpu_s,
+        "cpu_ratio_with_scoring": (few["kgt"].cpu_s + scoring_s) / whole.cpu_s,
+        "cpu_ratio_coreset_alone": few["vanilla"].cpu_s / whole.cpu_s,
+        "vanilla_points": 100 * whole.accuracy,
+        "coreset_points": 100 * few["vanilla"].accuracy,
+        "coreset_kgt_points": 100 * few["kgt"].accuracy,
+        "hit_rate": few["kgt"].hit_rate,
+        "cache_bytes": few["kgt"].cache_bytes,
+    }
 
 
 def ccs_coreset(task: tasks.Task, seed: int) -> tuple[LabelledArrays, float]:
@@ -306,4 +246,4 @@ class _Recorded:
             self.accumulator.commit(epoch)
 
 
-__all__ = ["coreset_runs", "resume_runs", "step_times", "stopped_controller"]
+__all__ = ["coreset_runs", "resume_runs", "step_times"]

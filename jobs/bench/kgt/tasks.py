@@ -38,7 +38,6 @@ from raysys.training.kgt.models import ResNet, resnet1d
 from raysys.training.kgt.plan import parse
 from raysys.training.kgt.savings import Savings
 
-STATIC_MODULES = 4
 KGT_OPTIONS: Mapping[str, Any] = {
     "window": 8,
     "every": 12,
@@ -62,7 +61,14 @@ class Task:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
-    """One finished run."""
+    """One finished run.
+
+    Args:
+        evaluation_s: CPU seconds of reference and plasticity, part of ``cpu_s``.
+        schedule: (step, frozen modules) at each change.
+        cache_bytes: most rows on disk at the end of an epoch.
+        curve: (CPU seconds, test accuracy) along the run; measuring it is not in ``cpu_s``.
+    """
 
     method: str
     seed: int
@@ -71,10 +77,57 @@ class Outcome:
     evaluation_s: float
     schedule: list[tuple[int, int]]
     hit_rate: float
+    cache_bytes: int
+    steps: int
+    curve: list[tuple[float, float]]
 
     def row(self) -> dict[str, Any]:
         """JSON-ready."""
         return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Method:
+    """How one run decides what is frozen.
+
+    Args:
+        kind: ``vanilla``, ``kgt``, ``linear``, ``static`` or ``gradient``.
+        cache: whether the frozen part is read from the activation cache.
+        options: changes of :data:`KGT_OPTIONS` for ``kgt``; ``start`` (share of the run) for
+            ``linear`` and ``static``, with ``upto`` modules for the latter; ``interval`` (steps)
+            for ``gradient``.
+    """
+
+    kind: str
+    cache: bool = True
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def key(self) -> dict[str, Any]:
+        """All that the method's result depends on, JSON-ready."""
+        return {
+            "kind": self.kind,
+            "cache": self.cache and self.kind != "vanilla",
+            "options": {**KGT_OPTIONS, **self.options} if self.kind == "kgt" else self.options,
+        }
+
+    def build(self) -> tuple[KGTConfig, Callable[[ModulePlan, int], Control] | None]:
+        """Options and controller; None is the knowledge-guided one."""
+        if self.kind == "vanilla":
+            return KGTConfig(), lambda plan, steps: NoFreezing()
+        store = cached() if self.cache else CacheConfig()
+        if self.kind == "kgt":
+            return KGTConfig(**{**KGT_OPTIONS, **self.options}, cache=store), None
+        return KGTConfig(cache=store), self._schedule
+
+    def _schedule(self, plan: ModulePlan, steps: int) -> Control:
+        if self.kind == "linear":
+            return LinearSchedule(self.options["start"], 1.0, len(plan), steps)
+        if self.kind == "static":
+            return StaticFreezing(round(self.options["start"] * steps), self.options["upto"])
+        return GradientCriterion(self.options["interval"], len(plan))
+
+
+VANILLA = Method("vanilla", False)
 
 
 @functools.cache
@@ -121,82 +174,70 @@ def cached() -> CacheConfig:
     return CacheConfig(directory=tempfile.mkdtemp(prefix="raysys-kgt-"))
 
 
-Method = Callable[[int], tuple[KGTConfig | None, Callable[[ModulePlan, int], Control] | None]]
+def side_by_side(
+    task: Task, methods: Mapping[str, Method], seed: int, *, curve_points: int = 1
+) -> dict[str, Outcome]:
+    """Train all methods from the same initial weights and data order, in turn, to the end.
 
-
-def vanilla(seed: int) -> tuple[KGTConfig, Callable[[ModulePlan, int], Control]]:
-    """No freezing."""
-    del seed
-    return KGTConfig(), lambda plan, steps: NoFreezing()
-
-
-def kgt(cache: bool, **changes: Any) -> Method:
-    """Knowledge-guided freezing with the benchmark's options."""
-
-    def make(seed: int) -> tuple[KGTConfig, None]:
-        del seed
-        store = cached() if cache else CacheConfig()
-        return KGTConfig(**{**KGT_OPTIONS, **changes}, cache=store), None
-
-    return make
-
-
-def linear(start: float) -> Method:
-    """Composer's linear schedule over all modules from ``start`` on, with the cache."""
-    return _scheduled(lambda plan, steps: LinearSchedule(start, 1.0, len(plan), steps))
-
-
-def static(start: float) -> Method:
-    """A fixed front part frozen from ``start`` on, with the cache."""
-    return _scheduled(lambda plan, steps: StaticFreezing(round(start * steps), STATIC_MODULES))
-
-
-def gradient(interval: int) -> Method:
-    """AutoFreeze's criterion, with the cache."""
-    return _scheduled(lambda plan, steps: GradientCriterion(interval, len(plan)))
-
-
-def _scheduled(control: Callable[[ModulePlan, int], Control]) -> Method:
-    def make(seed: int) -> tuple[KGTConfig, Callable[[ModulePlan, int], Control]]:
-        del seed
-        return KGTConfig(cache=cached()), control
-
-    return make
-
-
-def side_by_side(task: Task, methods: Mapping[str, Method], seed: int) -> dict[str, Outcome]:
-    """Train all methods from the same initial weights and data order, in turn, to the end."""
+    Args:
+        curve_points: how often along the run the test accuracy is measured, the end included.
+    """
     torch.set_num_threads(1)
-    loops: dict[str, tuple[TrainLoop, EventLog]] = {}
-    for name, method in methods.items():
+    loops = {name: _Running(task, method, seed) for name, method in methods.items()}
+    epochs = task.recipe.epochs
+    measured = {round(epochs * (at + 1) / curve_points) for at in range(curve_points)}
+    for epoch in range(1, epochs + 1):
+        for running in loops.values():
+            running.advance(measure=epoch in measured)
+    return {name: running.finish(name) for name, running in loops.items()}
+
+
+class _Running:
+    """One method's training loop on the way."""
+
+    def __init__(self, task: Task, method: Method, seed: int) -> None:
         torch.manual_seed(seed)
-        config, control = method(seed)
-        log = EventLog()
-        recipe = dataclasses.replace(task.recipe, seed=seed)
-        loop = TrainLoop(
+        config, control = method.build()
+        self.seed = seed
+        self.log = EventLog()
+        self.test = train_data(task.split.test)
+        self.curve: list[tuple[float, float]] = []
+        self.cache_bytes = 0
+        self.loop = TrainLoop(
             task.network(),
             train_data(task.split.train),
-            recipe,
+            dataclasses.replace(task.recipe, seed=seed),
             config,
             control=control,
             signature=plan_signature(task),
-            log=log,
+            log=self.log,
         )
-        loops[name] = (loop, log)
-    while not all(loop.done for loop, _ in loops.values()):
-        for loop, _ in loops.values():
-            loop.run(until=loop.step + loop.steps_per_epoch)
-    return {name: _outcome(task, name, seed, *pair) for name, pair in loops.items()}
 
+    def advance(self, *, measure: bool) -> None:
+        """Train one epoch."""
+        self.loop.run(until=self.loop.step + self.loop.steps_per_epoch)
+        self.cache_bytes = max(self.cache_bytes, self.loop.kgt.status()["cache_bytes"])
+        if measure:
+            accuracy = self.loop.accuracy(self.test.x, self.test.y)
+            self.curve.append((self.loop.cpu_s, accuracy))
 
-def _outcome(task: Task, name: str, seed: int, loop: TrainLoop, log: EventLog) -> Outcome:
-    test = train_data(task.split.test)
-    accuracy = loop.accuracy(test.x, test.y)
-    hit_rate = loop.kgt.status()["cache_hit_rate"]
-    loop.close()
-    return Outcome(
-        name, seed, accuracy, loop.cpu_s, loop.kgt.evaluation_s, schedule_of(log.rows), hit_rate
-    )
+    def finish(self, name: str) -> Outcome:
+        """Close the run and sum it up."""
+        loop = self.loop
+        hit_rate = loop.kgt.status()["cache_hit_rate"]
+        loop.close()
+        return Outcome(
+            method=name,
+            seed=self.seed,
+            accuracy=self.curve[-1][1],
+            cpu_s=loop.cpu_s,
+            evaluation_s=loop.kgt.evaluation_s,
+            schedule=schedule_of(self.log.rows),
+            hit_rate=hit_rate,
+            cache_bytes=self.cache_bytes,
+            steps=loop.total_steps,
+            curve=self.curve,
+        )
 
 
 def mean_points(outcomes: Sequence[Outcome]) -> float:
@@ -209,7 +250,7 @@ def cpu_ratio(ours: Sequence[Outcome], base: Sequence[Outcome]) -> float:
     return statistics.median(mine.cpu_s / other.cpu_s for mine, other in zip(ours, base))
 
 
-def start_for(task: Task, target: float, kind: str) -> float:
+def start_for(task: Task, target: float, kind: str, upto: int = 0) -> float:
     """The ``start`` at which a schedule is predicted to take ``target`` of vanilla's CPU time.
 
     The prediction uses the plan's measured costs, with reads at a tenth of the prefix forward; the
@@ -226,11 +267,11 @@ def start_for(task: Task, target: float, kind: str) -> float:
             progress = epoch / epochs
             if kind == "linear":
                 share = max(0.0, (progress - start) / (1 - start))
-                upto = min(int(share * len(plan)), len(plan) - 1)
+                frozen = min(int(share * len(plan)), len(plan) - 1)
             else:
-                upto = STATIC_MODULES if progress >= start else 0
-            forward = sum(cost.forward_s for cost in costs[:upto])
-            total += Savings(costs, True, 0.1 * forward).step_s(upto)
+                frozen = upto if progress >= start else 0
+            forward = sum(cost.forward_s for cost in costs[:frozen])
+            total += Savings(costs, True, 0.1 * forward).step_s(frozen)
         return total / (epochs * Savings(costs).step_s(0))
 
     grid = [step / 50 for step in range(50)]

@@ -1,0 +1,137 @@
+"""Which training runs the claims of KGT need: methods per task, tuned rivals, fresh seeds.
+
+Every (task, seed) is one piece in which all methods advance in turn, so a claim can be interrupted
+between pieces and go on. Rivals are tuned to KGT's CPU time on a seed that is not measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jobs.bench.kgt import tasks
+from jobs.bench.kgt.tasks import VANILLA, Method, Outcome, Task
+from jobs.bench.pieces import Piece, measure_pieces
+from raysys.bench import Profile
+
+Runs = dict[str, list[Outcome]]
+
+FIRST_SEED = 500  # no option was chosen on these seeds
+TUNING_SEED = 99
+CURVE_POINTS = 12
+STATIC_DEPTHS = (4, 6)
+_GRADIENT_PARTS = (4, 6, 8, 12)
+
+PAPER: Mapping[str, Any] = {
+    "scope": "frontmost", "unfreeze": "tenfold", "keep_thresholds": False, "window": 5, "every": 8,
+}  # fmt: skip
+ABLATION: Mapping[str, Mapping[str, Any]] = {
+    "ours": {},
+    "every module released": {"unfreeze": "tenfold"},
+    "nothing released": {"unfreeze": "never"},
+    "new thresholds": {"keep_thresholds": False},
+    "frontmost module only": {"scope": "frontmost"},
+    "paper, W = 5, n = 8": PAPER,
+}
+
+
+def seeds(profile: Profile) -> list[int]:
+    """Seeds of the measured runs."""
+    return list(range(FIRST_SEED, FIRST_SEED + profile.pick(1, 5)))
+
+
+def all_tasks(profile: Profile) -> list[Task]:
+    """Both data sets with both schedules; the quick profile takes one."""
+    schedules = profile.pick(("step",), ("step", "cosine"))
+    makers = profile.pick((tasks.mnist1d,), (tasks.mnist1d, tasks.images))
+    return [make(profile, schedule) for make in makers for schedule in schedules]
+
+
+def run_seeds(
+    task: Task, methods: Mapping[str, Method], profile: Profile, chosen: Sequence[int]
+) -> Runs:
+    """Outcomes of each method, one per seed."""
+    pieces = [_piece(task, methods, profile, seed) for seed in chosen]
+    found = [[Outcome(**row) for row in rows] for rows in measure_pieces(profile.partial, pieces)]
+    return {name: [rows[index] for rows in found] for index, name in enumerate(methods)}
+
+
+def _piece(task: Task, methods: Mapping[str, Method], profile: Profile, seed: int) -> Piece:
+    def measure() -> list[dict[str, Any]]:
+        points = profile.pick(1, CURVE_POINTS)
+        found = tasks.side_by_side(task, methods, seed, curve_points=points)
+        return [outcome.row() for outcome in found.values()]
+
+    key = {
+        "task": task.name,
+        "rows": len(task.split.train),
+        "recipe": dataclasses.asdict(task.recipe),
+        "seed": seed,
+        "methods": {name: method.key() for name, method in methods.items()},
+    }
+    return Piece(f"{task.name}-{seed}", key, measure)
+
+
+def end_to_end(task: Task, profile: Profile) -> Runs:
+    """Vanilla, KGT and KGT with cache on all seeds."""
+    methods = {"vanilla": VANILLA, "kgt": Method("kgt", False), "kgt_cached": Method("kgt")}
+    return run_seeds(task, methods, profile, seeds(profile))
+
+
+def against_rivals(task: Task, profile: Profile) -> tuple[Runs, dict[str, Any]]:
+    """KGT with cache beside its rivals, tuned to its CPU time; and what they were tuned to."""
+    rivals, tuning = tuned_rivals(task, profile)
+    found = run_seeds(task, {"kgt_cached": Method("kgt"), **rivals}, profile, seeds(profile))
+    return found, tuning
+
+
+def ablation(task: Task, profile: Profile) -> Runs:
+    """KGT with one choice changed at a time, beside vanilla; all with cache."""
+    names = list(ABLATION)[: profile.pick(2, None)]
+    methods = {"vanilla": VANILLA, **{name: Method("kgt", True, ABLATION[name]) for name in names}}
+    return run_seeds(task, methods, profile, seeds(profile)[:3])
+
+
+def tuned_rivals(task: Task, profile: Profile) -> tuple[dict[str, Method], dict[str, Any]]:
+    """Linear, static and gradient schedules whose CPU time comes close to KGT's.
+
+    All run once on a seed of its own at settings that are predicted to match; starts are then
+    corrected by what was measured, and the interval of the gradient criterion that came closest
+    is taken. The quick profile skips the measurement.
+    """
+    total = task.recipe.epochs * (len(task.split.train) // task.recipe.batch_size)
+    guess = 0.6
+    tried = _scheduled(task, dict.fromkeys(_schedules(), guess))
+    intervals = {f"gradient_{n}": total // n for n in _GRADIENT_PARTS[: profile.pick(1, None)]}
+    tried |= {k: Method("gradient", True, {"interval": n}) for k, n in intervals.items()}
+    if not profile.full:
+        named = {("gradient" if k in intervals else k): m for k, m in tried.items()}
+        return named, {"target_cpu_ratio": guess, "measured": None}
+    methods = {"vanilla": VANILLA, "kgt_cached": Method("kgt"), **tried}
+    found = run_seeds(task, methods, profile, [TUNING_SEED])
+    base = found["vanilla"][0].cpu_s
+    ratio = {name: outcomes[0].cpu_s / base for name, outcomes in found.items()}
+    target = ratio["kgt_cached"]
+    rivals = _scheduled(task, {n: guess * target / ratio[n] for n in _schedules()})
+    closest = min(intervals, key=lambda name: abs(ratio[name] - target))
+    rivals["gradient"] = tried[closest]
+    options = {name: dict(method.options) for name, method in rivals.items()}
+    return rivals, {"target_cpu_ratio": target, "measured": ratio, "options": options}
+
+
+def _schedules() -> list[str]:
+    return ["linear", *[f"static_{depth}" for depth in STATIC_DEPTHS]]
+
+
+def _scheduled(task: Task, targets: Mapping[str, float]) -> dict[str, Method]:
+    """Linear and static schedules predicted to take these shares of vanilla's CPU time."""
+    found = {}
+    for name, target in targets.items():
+        kind, _, depth = name.partition("_")
+        upto = int(depth or 0)
+        options: dict[str, Any] = {"start": tasks.start_for(task, target, kind, upto)}
+        if upto:
+            options["upto"] = upto
+        found[name] = Method(kind, True, options)
+    return found
