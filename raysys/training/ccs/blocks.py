@@ -145,6 +145,9 @@ class RangePass:
     grouped: bool
 
     def __call__(self, block: Block) -> NDArray[np.float64]:
+        if not self.grouped:  # no copy of the other columns, no scattered minimum
+            score = block.score[self.cut.keeps(block)]
+            return np.array([[score.min(initial=np.inf), score.max(initial=-np.inf)]])
         block = block.where(self.cut.keeps(block))
         group = group_of(block, self.grouped)
         found = np.tile([np.inf, -np.inf], (self.groups, 1))
