@@ -42,6 +42,8 @@ class Sketch {
     return {utility, 1};
   }
 
+  void prefetch(u64 v) const { __builtin_prefetch(cells_.data() + 4 * index(v), 1); }
+
   void erase(u64 v) {   // the row has become resident
     u32* cell = cells_.data() + 4 * index(v);
     const u32 tag = u32(v >> 20) & 0x3fff;

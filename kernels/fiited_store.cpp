@@ -41,11 +41,24 @@ void admit_missing(Store& s, Batch& b) {   // admit_after = 0: a row exists from
   if (s.directory->version != before) resolve_all(s, b.rows);
 }
 
-void count_hits(Store& s, const Batch& b) {
-  for (const Row& r : b.rows) {
+void count_hits(Store& s, const Batch& b, size_t first) {
+  for (size_t i = first; i < b.rows.size(); ++i) {
+    const Row& r = b.rows[i];
     s.n.lookups += r.count;
     if (r.e) s.n.hits += r.count;
     else if (s.c.layout != kDense) s.saw_row(r.v, r.table);
+  }
+}
+
+// Which bag each value of a table goes to, and its share of the bag under mode "mean".
+void place_in_bags(Batch& b, int t, const i64* starts, const i64* offsets, i64 bags, bool mean) {
+  if (!offsets) { for (i64 i = starts[t]; i < starts[t + 1]; ++i) b.bag[i] = u32(i - starts[t]); return; }
+  for (i64 bag = 0; bag < bags; ++bag) {
+    const i64 low = offsets[t * (bags + 1) + bag], high = offsets[t * (bags + 1) + bag + 1];
+    for (i64 i = low; i < high; ++i) {
+      b.bag[i] = u32(bag);
+      if (mean) b.scale[i] /= float(high - low);
+    }
   }
 }
 
@@ -180,24 +193,20 @@ i64 fiited_lookup(void* raw, void* batch, const i64* ids, const i64* starts, con
     b.train = train; b.used = false;
     if (weights) b.scale.assign(weights, weights + n);
     else if (mean && offsets) b.scale.assign(size_t(n), 1.0f);
-    for (int t = 0; t < s.c.tables; ++t) {
-      if (!offsets) { for (i64 i = starts[t]; i < starts[t + 1]; ++i) b.bag[i] = u32(i - starts[t]); }
-      else for (i64 bag = 0; bag < bags; ++bag) {
-        const i64 low = offsets[t * (bags + 1) + bag], high = offsets[t * (bags + 1) + bag + 1];
-        for (i64 i = low; i < high; ++i) {
-          b.bag[i] = u32(bag);
-          if (mean) b.scale[i] /= float(high - low);
-        }
-      }
+    const bool admitting = train && s.c.admit_after == 0 && s.c.layout != kDense;
+    for (int t = 0; t < s.c.tables; ++t) {   // a table at a time: its rows stay in the cache
+      place_in_bags(b, t, starts, offsets, bags, mean);
+      const size_t first = b.rows.size();
       find_distinct(s, b, h.scratch, ids, t);
+      resolve_rows(s, b.rows.data() + first, b.rows.size() - first);
+      if (train) count_hits(s, b, first);
+      if (!admitting) gather(s, b, t, offsets, bags, out, stride, mask_below);
     }
-    resolve_all(s, b.rows);
-    if (train) {
-      count_hits(s, b);
-      if (s.c.admit_after == 0 && s.c.layout != kDense) admit_missing(s, b);
+    if (admitting) {   // new rows may move others: all are found before any is read
+      admit_missing(s, b);
+      for (int t = 0; t < s.c.tables; ++t) gather(s, b, t, offsets, bags, out, stride, mask_below);
     }
     b.version = s.directory ? s.directory->version : 0;
-    gather(s, b, offsets, bags, out, stride, mask_below);
     h.scratch_bytes = std::max<i64>(h.scratch_bytes, i64(b.rows.capacity() * sizeof(Row) + 12 * b.inverse.capacity()));
     return i64(b.rows.size());
   });

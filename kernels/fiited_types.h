@@ -82,6 +82,7 @@ inline u32 bits_of(float x) { u32 b; std::memcpy(&b, &x, 4); return b; }
 inline float float_of(u32 b) { float x; std::memcpy(&x, &b, 4); return x; }
 inline int popcount(u32 x) { return __builtin_popcount(x); }
 
+typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
 
@@ -93,6 +94,17 @@ inline float sum_lanes(v4 a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 inline float sum_lanes(v8 a) {
   v4 low = {a[0], a[1], a[2], a[3]}, high = {a[4], a[5], a[6], a[7]};
   return sum_lanes(low + high);
+}
+
+inline v4 fold(v4 a) { return a; }
+inline v4 fold(v8 a) { return v4{a[0], a[1], a[2], a[3]} + v4{a[4], a[5], a[6], a[7]}; }
+// sum_lanes of four vectors at once: the same additions in the same order.
+inline v4 sum_lanes(v4 a, v4 b, v4 c, v4 d) {
+  const v4 even_ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), odd_ab = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const v4 even_cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), odd_cd = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  const v4 a0 = __builtin_shufflevector(even_ab, even_cd, 0, 1, 4, 5), a1 = __builtin_shufflevector(even_ab, even_cd, 2, 3, 6, 7);
+  const v4 a2 = __builtin_shufflevector(odd_ab, odd_cd, 0, 1, 4, 5), a3 = __builtin_shufflevector(odd_ab, odd_cd, 2, 3, 6, 7);
+  return (a0 + a2) + (a1 + a3);
 }
 
 // Deterministic uniform number in [0, 1) for element `index` of a row.

@@ -25,6 +25,7 @@ AnyArray = npt.NDArray[Any]
 
 LIBRARY = "fiited_store"
 _ALL = 0xFFFFFFFFFFFFFFFF
+_SPARE_BATCHES = 2
 
 
 class Batch(Protocol):
@@ -34,12 +35,34 @@ class Batch(Protocol):
     def rows(self) -> int: ...
 
 
-class NativeBatch:
-    """Owns one ``fiited::Batch``; freed with the object."""
+class SpareBatches:
+    """Batches kept for reuse: each holds some MB of scratch that is dear to map anew."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        self.raw = library.fiited_batch_create()
+        self._raws: list[int] = []
+
+    def take(self) -> int:
+        return self._raws.pop() if self._raws else int(self._library.fiited_batch_create())
+
+    def give(self, raw: int) -> None:
+        if len(self._raws) < _SPARE_BATCHES:
+            self._raws.append(raw)
+        else:
+            self._library.fiited_batch_destroy(raw)
+
+    def __del__(self) -> None:
+        for raw in getattr(self, "_raws", ()):
+            self._library.fiited_batch_destroy(raw)
+
+
+class NativeBatch:
+    """Owns one ``fiited::Batch``; with the object's end it goes back to ``spare``."""
+
+    def __init__(self, library: ctypes.CDLL, spare: SpareBatches) -> None:
+        self._library = library
+        self._spare = spare
+        self.raw = spare.take()
 
     @property
     def rows(self) -> int:
@@ -48,7 +71,7 @@ class NativeBatch:
 
     def __del__(self) -> None:
         if getattr(self, "raw", None):
-            self._library.fiited_batch_destroy(self.raw)
+            self._spare.give(self.raw)
 
 
 class NativeEngine:
@@ -66,6 +89,7 @@ class NativeEngine:
         self._library = _typed(compile_and_load(LIBRARY, isa))
         self._tables = (abi.TableConfig * len(tables))(*tables)
         self._config = config
+        self._spare = SpareBatches(self._library)
         self._raw = self._library.fiited_create(ctypes.byref(config), self._tables)
         if not self._raw:
             raise CapabilityError("memory for the store", "mapping failed", "Lower the budget")
@@ -94,7 +118,7 @@ class NativeEngine:
         columns: I64,
     ) -> NativeBatch:
         """Pool rows into ``out`` [bags, width]; see ``fiited_lookup`` for the layout."""
-        batch = NativeBatch(self._library)
+        batch = NativeBatch(self._library, self._spare)
         self._call(
             "fiited_lookup",
             batch.raw,

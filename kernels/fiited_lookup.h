@@ -1,0 +1,153 @@
+// Lookup: distinct rows of a batch, their entries, and the gather into bags.
+#pragma once
+
+#include "fiited_core.h"
+
+namespace fiited {
+
+struct Batch {   // one lookup and, later, its update
+  std::vector<Row> rows;
+  std::vector<u32> inverse, bag, order;
+  std::vector<float> scale;          // per value; empty means 1
+  std::vector<u32> table_start;      // first value of each table
+  std::vector<i64> column;
+  u64 version = 0;
+  bool train = false, used = false;
+};
+
+struct Scratch {   // open-addressing table for the distinct rows of one table of a batch
+  struct Cell { u64 key; u32 stamp, index; };
+  std::vector<Cell> cells;
+  u32 stamp = 0;
+  size_t mask = 0;
+  void reserve(size_t n) {
+    size_t size = 64;
+    while (size < 2 * n) size *= 2;
+    if (size > cells.size()) { cells.assign(size, Cell{}); stamp = 0; }
+    if (++stamp == 0) { std::fill(cells.begin(), cells.end(), Cell{}); stamp = 1; }
+    mask = size - 1;
+  }
+  i64 bytes() const { return i64(cells.size() * sizeof(Cell)); }
+};
+
+inline void find_distinct(const Store& s, Batch& b, Scratch& scratch, const i64* ids, int t) {
+  const u32 begin = b.table_start[t], end = b.table_start[t + 1];
+  const TableConfig& table = s.tables[t];
+  const bool dense = s.c.layout == kDense;
+  scratch.reserve(end - begin);
+  for (u32 i = begin; i < end; ++i) {
+    const u64 v = dense ? u64(ids[i] + s.dense_offset[t]) : virtual_row(table, u64(ids[i]));
+    size_t at = (dense ? v * kMixer >> 40 : v >> 20) & scratch.mask;
+    while (scratch.cells[at].stamp == scratch.stamp && scratch.cells[at].key != v) at = (at + 1) & scratch.mask;
+    Scratch::Cell& cell = scratch.cells[at];
+    if (cell.stamp != scratch.stamp) {
+      cell = {v, scratch.stamp, u32(b.rows.size())};
+      b.rows.push_back(Row{v, nullptr, nullptr, nullptr, nullptr, 0, 0, u16(t), 0});
+    }
+    b.inverse[i] = cell.index;
+    ++b.rows[cell.index].count;
+  }
+}
+
+// Find the entries of rows[0 .. n), in flight by two distances; the first line of the weights of
+// every row is on its way when this returns.
+inline void resolve_rows(Store& s, Row* rows, size_t n) {
+  const bool dense = s.c.layout == kDense;
+  for (size_t i = 0; i < n; ++i) {
+    if (i + 24 < n) {
+      if (dense) __builtin_prefetch(&s.dense_entries[rows[i + 24].v]);
+      else __builtin_prefetch(s.directory->tag_line(rows[i + 24].v));
+    }
+    if (!dense && i + 12 < n)
+      if (const Entry* e = s.directory->likely(rows[i + 12].v)) __builtin_prefetch(e);
+    s.resolve(rows[i]);
+    if (rows[i].w) __builtin_prefetch(rows[i].w);
+  }
+}
+inline void resolve_all(Store& s, std::vector<Row>& rows) { resolve_rows(s, rows.data(), rows.size()); }
+
+inline void prefetch_floats(const float* at, int floats) {
+  for (int i = 0; i < floats; i += 16) __builtin_prefetch(at + i);
+}
+inline void prefetch_weights(const Store& s, const Row& r, int parts) {
+  if (r.w) prefetch_floats(r.w, popcount(r.alive) * s.c.chunk * parts);
+  else if (r.refs)
+    for (u32 m = r.alive; m; m &= m - 1) __builtin_prefetch(s.chunk_at(r, __builtin_ctz(m)));
+}
+inline void prefetch_write(float* at, int floats) {
+  for (int i = 0; i < floats; i += 16) __builtin_prefetch(at + i, 1);
+}
+
+inline void copy_floats(float* out, const float* from, int floats) {   // floats is a multiple of 4
+  int i = 0;
+  for (; i + 16 <= floats; i += 16) *reinterpret_cast<v16*>(out + i) = *reinterpret_cast<const v16*>(from + i);
+  for (; i < floats; i += 4) *reinterpret_cast<v4*>(out + i) = *reinterpret_cast<const v4*>(from + i);
+}
+inline void zero_floats(float* out, int floats) {
+  int i = 0;
+  for (; i + 16 <= floats; i += 16) *reinterpret_cast<v16*>(out + i) = v16{};
+  for (; i < floats; i += 4) *reinterpret_cast<v4*>(out + i) = v4{};
+}
+
+// Visit the alive chunks of a row; in layout B they are the first len chunks.
+template <class F> inline void each_chunk(const Store& s, const Row& r, F f) {
+  for (u32 m = r.alive; m; m &= m - 1) {
+    const int j = __builtin_ctz(m);
+    f(j, s.chunk_at(r, j));
+  }
+}
+
+// `mask_below` > 0 hides chunks whose stored utility is smaller (the quality guard's second score).
+inline bool hidden(const Row& r, int j, float mask_below) {
+  return mask_below > 0 && std::fabs(r.u[j]) < mask_below;
+}
+
+inline void write_row(const Store& s, const Row& r, float* out, int k, float mask_below) {
+  const int C = s.c.chunk;
+  if (!r.e) { zero_floats(out, k * C); return; }
+  if (r.w && mask_below <= 0) {
+    const int floats = popcount(r.alive) * C;
+    copy_floats(out, r.w, floats);
+    zero_floats(out + floats, k * C - floats);
+    return;
+  }
+  for (int j = 0; j < k; ++j) {
+    if ((r.alive >> j & 1) && !hidden(r, j, mask_below)) copy_floats(out + j * C, s.chunk_at(r, j), C);
+    else zero_floats(out + j * C, C);
+  }
+}
+
+inline void add_row(const Store& s, const Row& r, float* out, float scale, float mask_below) {
+  if (!r.e) return;
+  const int C = s.c.chunk;
+  each_chunk(s, r, [&](int j, const float* w) {
+    if (hidden(r, j, mask_below)) return;
+    for (int i = 0; i < C; i += 4) {
+      v4& target = *reinterpret_cast<v4*>(out + j * C + i);
+      target = target + *reinterpret_cast<const v4*>(w + i) * scale;
+    }
+  });
+}
+
+// out[bag][column[t] ...] of table t; offsets (absolute, [tables][bags + 1]) may be null.
+inline void gather(const Store& s, const Batch& b, int t, const i64* offsets, i64 bags, float* out,
+                   i64 stride, float mask_below) {
+  const int k = s.tables[t].chunks, D = k * s.c.chunk;
+  const u32 begin = b.table_start[t], end = b.table_start[t + 1];
+  float* column = out + b.column[t];
+  if (!offsets && b.scale.empty()) {
+    for (u32 i = begin; i < end; ++i) {
+      if (i + 10 < end) prefetch_weights(s, b.rows[b.inverse[i + 10]], 1);
+      if (i + 8 < end) prefetch_write(column + i64(i + 8 - begin) * stride, D);
+      write_row(s, b.rows[b.inverse[i]], column + i64(i - begin) * stride, k, mask_below);
+    }
+    return;
+  }
+  for (i64 bag = 0; bag < bags; ++bag) zero_floats(column + bag * stride, D);
+  for (u32 i = begin; i < end; ++i) {
+    if (i + 10 < end) prefetch_weights(s, b.rows[b.inverse[i + 10]], 1);
+    add_row(s, b.rows[b.inverse[i]], column + i64(b.bag[i]) * stride, b.scale.empty() ? 1.0f : b.scale[i], mask_below);
+  }
+}
+
+}  // namespace fiited
