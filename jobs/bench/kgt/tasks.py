@@ -147,7 +147,7 @@ def mnist1d(profile: Profile, schedule: str) -> Task:
 @functools.cache
 def images(profile: Profile, schedule: str) -> Task:
     """Fashion-MNIST at 14 x 14 pixels where the data is on this machine, digits elsewhere."""
-    rows, epochs = profile.pick((2000, 10), (8000, 20))
+    rows, epochs = profile.pick((2000, 10), (6000, 16))
     try:
         split = datasets.fashion_mnist(machine.data_dir(), rows, 4000, pool=2)
     except CapabilityError:
