@@ -17,6 +17,8 @@ from raysys.config import check_range
 from raysys.federated.swan.choices import Choice, slowest_speed
 from raysys.federated.swan.profile import StepProfile
 
+MOST_DISTURBED = 5
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ExplorationConfig:
@@ -69,6 +71,7 @@ class Explorer:
         self.steps = 0
         self.current: Choice | None = None
         self._left_warmup = 0
+        self._disturbed = 0
         self._closed: set[tuple[int, ...]] = set()
         self._abandoned: set[tuple[int, ...]] = set()
         self._next()
@@ -92,7 +95,9 @@ class Explorer:
         if self._left_warmup and not too_slow:
             self._left_warmup -= 1
             return
-        if disturbed:
+        # On a device that is never quiet a disturbed measurement is better than none for ever.
+        self._disturbed = self._disturbed + 1 if disturbed else 0
+        if 0 < self._disturbed <= MOST_DISTURBED:
             return
         self.profile.of(choice).add(seconds, joules, source)
         if too_slow:

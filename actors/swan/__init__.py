@@ -1,0 +1,1 @@
+"""Swan on a real device: what touches the operating system for ``raysys.federated.swan``."""

@@ -1,0 +1,349 @@
+"""The engine: makes an ordinary PyTorch loop a Swan task.
+
+    with Swan() as swan, swan.training(model=model, optimizer=optimizer, folder="ckpt") as task:
+        for batch in loader:            # the loop is not changed
+            ...
+            optimizer.step()            # a step ends here
+
+A move changes the affinity of every thread at once, and the number of threads between two steps;
+nothing is copied. The owner's demand is watched by a thread of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from actors.swan.affinity import (
+    apply_affinity,
+    lower_priority,
+    residency,
+    restore_priority,
+    run_times,
+)
+from actors.swan.checkpoint import CheckpointFolder
+from actors.swan.discovery import PROC, SYS, clock_share, discover, gone
+from actors.swan.pressure import PressureReader
+from actors.swan.sensors import choose_meter, read_battery, read_celsius
+from actors.swan.task import TrainingTask
+from raysys.config import check_range
+from raysys.errors import InfeasibleError
+from raysys.federated.swan.choices import Choice
+from raysys.federated.swan.pilot import Change, Pilot, Policy, Step
+from raysys.federated.swan.topology import Topology
+
+ENFORCED_SHARE = 0.8
+MIN_CHECKED_S = 0.2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """How the engine treats this machine.
+
+    Args:
+        sample_s: time between looks at the owner's demand.
+        checkpoint_s: time between checkpoints, for tasks that have a folder.
+        min_step_s: shorter steps are measured several at a time.
+        nice: nice value of the training's threads, on top of giving way; 0 leaves them alone.
+        lock: file that keeps two engines of one host apart; empty for none.
+        sys_root, proc_root: other roots, for a machine described by files.
+    """
+
+    policy: Policy = field(default_factory=Policy)
+    sample_s: float = 0.25
+    checkpoint_s: float = 60.0
+    min_step_s: float = 0.02
+    nice: int = 10
+    lock: str = ""
+    sys_root: str = str(SYS)
+    proc_root: str = str(PROC)
+
+    def __post_init__(self) -> None:
+        check_range(self, "sample_s", 0, low_open=True)
+        check_range(self, "checkpoint_s", 0, low_open=True)
+        check_range(self, "min_step_s", 0)
+        check_range(self, "nice", 0, 19)
+
+
+class Swan:
+    """One engine per process; ``with`` restores affinity, threads and priority at its end.
+
+    Args:
+        topology: what to use instead of discovery.
+        shared: a profile from other devices, verified before use.
+        on_event: called with a dictionary for every move, thermal, budget and error event.
+
+    Raises:
+        InfeasibleError: another engine holds the lock.
+        CapabilityError: no usable core.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig | None = None,
+        *,
+        topology: Topology | None = None,
+        shared: dict[str, Any] | None = None,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config or EngineConfig()
+        self.events: list[dict[str, Any]] = []
+        self.moves = 0
+        self._sys, self._proc = Path(self.config.sys_root), Path(self.config.proc_root)
+        self._clock, self._on_event = clock, on_event
+        self._before = (sorted(os.sched_getaffinity(0)), torch.get_num_threads(), _nice())
+        self._lock_file = _take_lock(self.config.lock)
+        self.topology = topology or discover(self._sys, self._proc, os.sched_getaffinity(0))
+        _, battery_wh = read_battery(self._sys)
+        self.pilot = Pilot(self.topology, self.config.policy, battery_wh, shared)
+        self._meter = choose_meter(self.topology, clock, self._sys)
+        self._pressure = PressureReader(clock, self._proc)
+        self._guard = threading.RLock()
+        self._wake = threading.Condition(self._guard)
+        self._stop = threading.Event()
+        self._asked_to_pause = False
+        self._mixed = True  # the running step has seen a move (or is the first)
+        self._looked = run_times(self._proc)
+        self._applied: tuple[int, ...] = ()
+        self._watcher = threading.Thread(target=self._watch, name="swan-watch", daemon=True)
+
+    def __enter__(self) -> Swan:
+        if self.config.nice:
+            lower_priority(self.config.nice, self._proc)
+        with self._guard:
+            self._apply(Change(self.pilot.choice, "start"))
+        self._set_threads()
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop watching and put the process back as it was; may be called twice."""
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        if self._watcher.is_alive() and self._watcher is not threading.current_thread():
+            self._watcher.join(5)
+        cores, count, nice = self._before
+        apply_affinity(cores, self._proc)
+        torch.set_num_threads(count)
+        if self.config.nice:
+            restore_priority(nice, self._proc)
+        if self._lock_file is not None:
+            self._lock_file.close()
+            self._lock_file = None
+
+    @contextlib.contextmanager
+    def training(
+        self,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        folder: str | Path | None = None,
+        **parts: Any,
+    ) -> Iterator[TrainingTask]:
+        """Make the block a task: every ``optimizer.step()`` in it ends a step.
+
+        Args:
+            optimizer: whose steps count; None for a loop that calls ``task.step_end()`` itself.
+            folder: where checkpoints go; when it holds one, the task resumes from it.
+            parts: further objects with ``state_dict`` and ``load_state_dict`` (model, scheduler,
+                sampler, scaler) that a checkpoint must hold.
+
+        Raises:
+            DataError: the folder's checkpoints are all damaged, or of another task.
+        """
+        named = {**({} if optimizer is None else {"optimizer": optimizer}), **parts}
+        store = None if folder is None else CheckpointFolder(Path(folder))
+        task = TrainingTask(self, named, store, self.config.checkpoint_s, self._clock)
+        task.resume()
+        handle = None
+        if optimizer is not None:
+            handle = optimizer.register_step_post_hook(lambda *_: task.step_end())
+        try:
+            with self._guard:
+                self._mixed = True
+            yield task
+        finally:
+            if handle is not None:
+                handle.remove()
+            task.save()
+
+    def step_end(self, seconds: float, steps: int = 1, loss: float = 0.0) -> None:
+        """A step (or several alike) of ``seconds`` each has ended; makes the moves that are due.
+
+        Raises:
+            ConfigError: the loss is not finite.
+        """
+        with self._guard:
+            now_s = self._clock()
+            joules = self._meter.read(self._applied) / steps
+            choice = self.pilot.choice
+            if not self._mixed and choice is not None:
+                clock = clock_share(choice.cores, self._sys)
+                step = Step(
+                    seconds=seconds,
+                    joules=joules,
+                    source=self._meter.source,
+                    clock=clock,
+                    loss=loss,
+                )
+                self._apply(self.pilot.on_step(now_s, step))
+                self._check_enforced(now_s)
+            self._set_threads()
+            # Whatever moved did so between two steps; only the watcher cuts into the next one.
+            self._mixed = False
+
+    def hold(self, on_pause: Callable[[], None]) -> None:
+        """Block while paused; ``on_pause`` runs first, to save the task."""
+        with self._wake:
+            if not self._paused():
+                return
+        on_pause()
+        with self._wake:
+            while self._paused() and not self._stop.is_set():
+                self._wake.wait(self.config.sample_s)
+        self._set_threads()
+
+    def pause(self) -> None:
+        """Ask the task to pause at its next step end."""
+        with self._guard:
+            self._asked_to_pause = True
+
+    def resume(self) -> None:
+        """Take :meth:`pause` back."""
+        with self._wake:
+            self._asked_to_pause = False
+            self._wake.notify_all()
+
+    def force(self, choice: Choice, reason: str = "forced") -> None:
+        """Move now, whatever the pilot thinks; for tests and demonstrations."""
+        with self._guard:
+            self._apply(Change(choice, reason))
+        self._set_threads()
+
+    def status(self) -> dict[str, Any]:
+        """State in plain values."""
+        with self._guard:
+            return {
+                **self.pilot.status(),
+                "applied": list(self._applied),
+                "threads": torch.get_num_threads(),
+                "energy_source": self._meter.source,
+                "notes": list(self.topology.notes),
+                "engine_moves": self.moves,
+            }
+
+    def _paused(self) -> bool:
+        return self._asked_to_pause or self.pilot.choice is None
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.config.sample_s):
+            demand = self._pressure.look()
+            celsius = read_celsius(self._sys)
+            battery, _ = read_battery(self._sys)
+            with self._wake:
+                now_s = self._clock()
+                self._apply(self.pilot.on_sample(now_s, demand, celsius, battery))
+                self._leave_unplugged(now_s)
+                if not self._paused():
+                    self._wake.notify_all()
+
+    def _leave_unplugged(self, now_s: float) -> None:
+        lost = gone(self.topology, self._sys)
+        if not lost:
+            return
+        self._note("error", f"cores {list(lost)} are gone")
+        loan = self.pilot.loan.state()
+        self.topology = self.topology.without(lost)
+        self.pilot = Pilot(self.topology, self.config.policy, self.pilot.loan.battery_wh)
+        self.pilot.loan.load(loan)
+        self._apply(Change(self.pilot.choice, "cores are gone"))
+
+    def _apply(self, change: Change | None) -> None:
+        """Carry out a change: affinity at once; the thread count follows at the step's end."""
+        if change is None:
+            return
+        if change.choice is None:
+            self._note("move", change.reason, target="pause")
+            return
+        cores = change.choice.cores
+        if cores == self._applied:
+            return
+        result = apply_affinity(cores, self._proc)
+        origin, self._applied = self._applied, cores
+        self._mixed = True
+        self.moves += 1
+        self._looked = run_times(self._proc)
+        label = change.choice.label(self.topology)
+        self._note("move", change.reason, target=label, origin=list(origin), cores=list(cores))
+        if not result.complete:
+            reason = f"affinity refused: {result.refused[0][1]}"
+            self._note("error", reason)
+            self._apply(self.pilot.drop(change.choice, reason, self._clock()))
+
+    def _check_enforced(self, now_s: float) -> None:
+        """Some systems accept an affinity and ignore it: believe only where threads really ran."""
+        choice = self.pilot.choice
+        if choice is None or choice.cores != self._applied:
+            return
+        after = run_times(self._proc)
+        used = sum(s - self._looked.get(t, (0.0, 0))[0] for t, (s, _) in after.items())
+        if used < MIN_CHECKED_S:
+            return
+        share = residency(self._looked, after, self._applied)
+        self._looked = after
+        if share < ENFORCED_SHARE and len(self.pilot.profile.usable()) > 1:
+            reason = f"unenforceable: {share:.0%} of the time on its cores"
+            self._note("error", reason)
+            self._apply(self.pilot.drop(choice, reason, now_s))
+
+    def _wanted_threads(self) -> int:
+        if self.config.policy.deterministic:
+            return self._most_threads()
+        return max(len(self._applied), 1)
+
+    def _most_threads(self) -> int:
+        return max(choice.threads for choice in self.pilot.profile.choices)
+
+    def _set_threads(self) -> None:
+        wanted = self._wanted_threads()
+        if torch.get_num_threads() != wanted:
+            torch.set_num_threads(wanted)
+            # Threads that the runtime starts now inherit; those that it kept may not have.
+            apply_affinity(self._applied, self._proc)
+
+    def _note(self, kind: str, reason: str, **more: Any) -> None:
+        event = {"kind": kind, "reason": reason, "at_s": self._clock(), **more}
+        self.events = [*self.events[-999:], event]
+        if self._on_event is not None:
+            self._on_event(event)
+
+
+def _take_lock(path: str) -> Any:
+    if not path:
+        return None
+    file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115: held as long as the engine
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise InfeasibleError(
+            "a second engine", f"another process trains under {path}", "Wait, or stop that one"
+        ) from error
+    return file
+
+
+def _nice() -> int:
+    return os.getpriority(os.PRIO_PROCESS, 0)
