@@ -116,7 +116,7 @@ class LightningHooks:
 
     def __init__(self, config: KGTConfig | None = None, log: EventSink = ignore) -> None:
         self.config = config or KGTConfig()
-        self.log = log
+        self._sink = log  # Lightning puts a method of its own at `log`
         self.module = ""
         self.watched: WatchedKGT | None = None
         self._saved: Any = None
@@ -132,7 +132,7 @@ class LightningHooks:
             self.config,
             int(trainer.estimated_stepping_batches),
             state=self._saved,
-            log=self.log,
+            log=self._sink,
         )
 
     def on_train_batch_end(

@@ -110,10 +110,12 @@ class WatchedKGT:
             self._capture.__enter__()
 
     def _inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
+        """The sub-sampled tensors of a call; scalars (such as a count of items) have no rows."""
         rows = self.config.gram_rows
-        if kwargs:
-            return {k: v.detach()[:rows] for k, v in kwargs.items() if isinstance(v, Tensor)}
-        return tuple(value.detach()[:rows] for value in args if isinstance(value, Tensor))
+        named = {name: v for name, v in kwargs.items() if isinstance(v, Tensor) and v.dim()}
+        if named:
+            return {name: value.detach()[:rows] for name, value in named.items()}
+        return tuple(v.detach()[:rows] for v in args if isinstance(v, Tensor) and v.dim())
 
     def _after(self, module: nn.Module, args: Any, out: Any) -> None:
         loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
