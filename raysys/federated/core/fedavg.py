@@ -91,10 +91,14 @@ class FedAvg:
             raise ConfigError("strategy", "not started", "start() before use")
         return self._values
 
-    def reset(self, values: FlatWeights) -> None:
-        """Put other weights in place of the model's; the optimiser starts anew."""
+    def replace(self, values: FlatWeights) -> None:
+        """Put other weights in place of the model's; the optimiser keeps its moments."""
         Weights(values, self.spec.spec_id).check_spec(self.spec)
         self._values = values
+
+    def reset(self, values: FlatWeights) -> None:
+        """Put other weights in place of the model's; the optimiser starts anew."""
+        self.replace(values)
         self.server.load({})
 
     def feedback_spec(self) -> FeedbackSpec:

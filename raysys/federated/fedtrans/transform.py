@@ -1,0 +1,202 @@
+"""Widening and deepening as pure functions that do not change what the network computes.
+
+Section 3.3 of the paper. Where we differ: a copied unit's outgoing weights are shared out unevenly
+(shares drawn from U(0.2, 1), normalised). With the paper's equal shares all copies keep equal
+gradients for ever and the wider network never becomes richer than its parent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from raysys.config import check, check_choice, check_range
+from raysys.errors import ConfigError
+from raysys.federated.core.model import FlatWeights
+from raysys.federated.fedtrans.cells import Array
+from raysys.federated.fedtrans.network import STEMS, CellNet, join
+from raysys.federated.fedtrans.signal import Axis, Space, SpaceKey
+
+Split = Literal["uneven", "equal", "noise"]
+SMALLEST_SHARE = 0.2
+NOISE = 0.1  # of a tensor's standard deviation, for the variant that is not function-preserving
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One operation on one cell; with the network it is applied to, it is reproducible.
+
+    Args:
+        op: "widen" or "deepen". cell: index in the network before the step.
+        factor: how much wider; ignored by "deepen".
+        seed: of the unit map, the shares and the new cell's start.
+        split: "uneven" (ours), "equal" (as printed), "noise" (equal, with noise on the copies).
+    """
+
+    op: str
+    cell: int
+    factor: float = 2.0
+    seed: int = 0
+    split: Split = "uneven"
+
+    def __post_init__(self) -> None:
+        check_choice(self, "op", ("widen", "deepen"))
+        check_range(self, "cell", 0)
+        check(self, "factor", 1 < self.factor <= 64, "a number above 1 and at most 64")
+        check_choice(self, "split", ("uneven", "equal", "noise"))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class UnitMap:
+    """Which old unit each new one copies, int64 [new], and its share of the outgoing weights."""
+
+    source: npt.NDArray[np.int64]
+    share: npt.NDArray[np.float64]
+
+
+def can_widen(net: CellNet, cell: int) -> bool:
+    """Whether a cell has a width of its own."""
+    return bool(net.cells[cell].spaces())
+
+
+def can_deepen(net: CellNet, cell: int) -> bool:
+    """Whether a cell of its kind can be put behind a cell."""
+    return not isinstance(net.cells[cell], STEMS)
+
+
+def apply_step(net: CellNet, step: Step) -> CellNet:
+    """The network after a step.
+
+    Raises:
+        ConfigError: there is no such cell, or it cannot be transformed in this way.
+    """
+    _check(net, step)
+    cells = list(net.cells)
+    if step.op == "widen":
+        sizes = {
+            part: _wider(space, step.factor) for part, space in cells[step.cell].spaces().items()
+        }
+        cells[step.cell] = cells[step.cell].widened(sizes)
+    else:
+        leaving = net.signals()[step.cell + 1]
+        cells.insert(step.cell + 1, cells[step.cell].deepening(leaving))
+    return dataclasses.replace(net, cells=tuple(cells))
+
+
+def apply_weights(net: CellNet, values: FlatWeights, step: Step) -> FlatWeights:
+    """The weights after a step: the same function, save for rounding (and for split "noise").
+
+    Args:
+        values: weights of ``net``, float32 [P].
+    """
+    parts = net.split(values)
+    if step.op == "deepen":
+        return join(_with_cell(net, parts, step))
+    rng = np.random.default_rng(step.seed)
+    for part, space in sorted(net.cells[step.cell].spaces().items()):
+        units = unit_map(space, _wider(space, step.factor), rng, step.split)
+        parts = _widen_space(net, parts, (step.cell, part), units)
+        if step.split == "noise":
+            _disturb(net, parts, (step.cell, part), space.size, rng)
+    return join(parts)
+
+
+def unit_map(space: Space, size: int, rng: np.random.Generator, split: Split) -> UnitMap:
+    """Draw which units are copied to fill ``size`` places, whole groups at a time.
+
+    Every unit is copied once before any is copied twice; which ones go first is random.
+    """
+    groups, wanted = space.size // space.group, size // space.group
+    extra = np.concatenate([rng.permutation(groups) for _ in range(-(-wanted // groups) - 1)])
+    chosen = np.concatenate([np.arange(groups), extra[: wanted - groups]]).astype(np.int64)
+    source = (chosen[:, None] * space.group + np.arange(space.group)).ravel()
+    drawn = (
+        rng.uniform(SMALLEST_SHARE, 1.0, len(source)) if split == "uneven" else np.ones(len(source))
+    )
+    total = np.bincount(source, weights=drawn, minlength=space.size)
+    return UnitMap(source, drawn / total[source])
+
+
+def widen(
+    net: CellNet,
+    values: FlatWeights,
+    cell: int,
+    factor: float = 2.0,
+    seed: int = 0,
+    split: Split = "uneven",
+) -> tuple[CellNet, FlatWeights, Step]:
+    """Widen one cell; returns network, weights, and the step that projects relatives' weights."""
+    step = Step(op="widen", cell=cell, factor=factor, seed=seed, split=split)
+    return apply_step(net, step), apply_weights(net, values, step), step
+
+
+def deepen(
+    net: CellNet, values: FlatWeights, cell: int, seed: int = 0
+) -> tuple[CellNet, FlatWeights, Step]:
+    """Insert one cell behind ``cell``; returns network, weights and the step."""
+    step = Step(op="deepen", cell=cell, seed=seed)
+    return apply_step(net, step), apply_weights(net, values, step), step
+
+
+def _check(net: CellNet, step: Step) -> None:
+    if step.cell >= len(net.cells):
+        raise ConfigError("step.cell", step.cell, f"a cell from 0 to {len(net.cells) - 1}")
+    allowed = can_widen if step.op == "widen" else can_deepen
+    if not allowed(net, step.cell):
+        kind = type(net.cells[step.cell]).__name__
+        raise ConfigError("step.op", step.op, f"an operation that a {kind} cell allows")
+
+
+def _wider(space: Space, factor: float) -> int:
+    """At least one group more; groups stay whole when the factor is not an integer."""
+    groups = space.size // space.group
+    return max(groups + 1, round(groups * factor)) * space.group
+
+
+def _widen_space(
+    net: CellNet, parts: list[list[Array]], key: SpaceKey, units: UnitMap
+) -> list[list[Array]]:
+    def wider(values: Array, axes: tuple[Axis, ...]) -> Array:
+        for number, axis in enumerate(axes):
+            if axis.space != key:
+                continue
+            block = np.arange(axis.block)
+            index = (units.source[:, None] * axis.block + block).ravel()
+            values = np.take(values, index, axis=number)
+            if axis.role == "in":
+                shape = [1] * values.ndim
+                shape[number] = -1
+                share = np.repeat(units.share, axis.block).reshape(shape)
+                values = (values * share).astype(np.float32)
+        return values
+
+    return [
+        [wider(values, info.axes) for values, info in zip(cell, infos)]
+        for cell, infos in zip(parts, net.tensors())
+    ]
+
+
+def _disturb(
+    net: CellNet, parts: list[list[Array]], key: SpaceKey, old: int, rng: np.random.Generator
+) -> None:
+    """Add noise to the incoming weights of the copies, in place."""
+    for cell, infos in zip(parts, net.tensors()):
+        for values, info in zip(cell, infos):
+            if info.axes[0].space == key and info.axes[0].role == "out" and values.ndim > 1:
+                copies = values[old * info.axes[0].block :]
+                scale = NOISE * float(values.std())
+                copies += (scale * rng.standard_normal(copies.shape)).astype(np.float32)
+
+
+def _with_cell(net: CellNet, parts: list[list[Array]], step: Step) -> list[list[Array]]:
+    leaving = net.signals()[step.cell + 1]
+    cell = net.cells[step.cell].deepening(leaving)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(step.seed)
+        drawn = [p.detach().numpy().copy() for p in cell.module(leaving).parameters()]
+    fresh = cell.identity(leaving, drawn, np.random.default_rng(step.seed))
+    return [*parts[: step.cell + 1], fresh, *parts[step.cell + 1 :]]
