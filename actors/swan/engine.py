@@ -102,7 +102,7 @@ class Swan:
         self._sys, self._proc = Path(self.config.sys_root), Path(self.config.proc_root)
         self._clock, self._on_event = clock, on_event
         self._before = (sorted(os.sched_getaffinity(0)), torch.get_num_threads(), _nice())
-        self._lock_file = _take_lock(self.config.lock)
+        self._lock = _take_lock(self.config.lock)
         self.topology = topology or discover(self._sys, self._proc, os.sched_getaffinity(0))
         _, battery_wh = read_battery(self._sys)
         self.pilot = Pilot(self.topology, self.config.policy, battery_wh, shared)
@@ -141,9 +141,9 @@ class Swan:
         torch.set_num_threads(count)
         if self.config.nice:
             restore_priority(nice, self._proc)
-        if self._lock_file is not None:
-            self._lock_file.close()
-            self._lock_file = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     @contextlib.contextmanager
     def training(
@@ -331,18 +331,18 @@ class Swan:
             self._on_event(event)
 
 
-def _take_lock(path: str) -> Any:
+def _take_lock(path: str) -> int | None:
     if not path:
         return None
-    file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115: held as long as the engine
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        file.close()
+        os.close(descriptor)
         raise InfeasibleError(
             "a second engine", f"another process trains under {path}", "Wait, or stop that one"
         ) from error
-    return file
+    return descriptor
 
 
 def _nice() -> int:
