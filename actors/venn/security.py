@@ -23,6 +23,7 @@ ROLE_OF_SERVICE = {
     "/raysys.venn.v1.DeviceGateway/": "device",
     "/raysys.venn.v1.JobPlane/": "job",
     "/raysys.venn.v1.PlanFeed/": "gateway",
+    "/raysys.edge.v1.EdgePlane/": "device",
 }
 _HEADER = "authorization"
 
