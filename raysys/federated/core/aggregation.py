@@ -7,6 +7,7 @@ we fold in the order of task numbers and hold back what arrives early.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,12 @@ class ModelSum:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ClientTable:
-    """One row per client of the round, in task order."""
+    """One row per client of the round, in task order.
+
+    ``updates`` has a row per group of clients, as in
+    :class:`~raysys.federated.core.messages.Partial`; in a round's report ``update_row`` is the
+    model id.
+    """
 
     clients: IntArray
     rows: IntArray
@@ -45,6 +51,9 @@ class ClientTable:
     sketch: npt.NDArray[np.float32] | None = None
     sketch_half: npt.NDArray[np.float32] | None = None
     controls: npt.NDArray[np.float32] | None = None
+    updates: npt.NDArray[np.float32] | None = None
+    update_weight: npt.NDArray[np.float32] | None = None
+    update_row: npt.NDArray[Any] | None = None
 
     def count(self, status: Status) -> int:
         """Number of clients with a status."""
@@ -145,6 +154,9 @@ class RoundFold:
             sketch=optional("sketch"),
             sketch_half=optional("sketch_half"),
             controls=optional("controls"),
+            updates=optional("updates"),
+            update_weight=optional("update_weight"),
+            update_row=optional("update_row"),
         )
 
     def _check(self, partial: Partial) -> None:
@@ -165,6 +177,8 @@ class RoundFold:
         if partial.sum_delta.shape != (len(partial.present), width):
             shape = (len(partial.present), width)
             raise ConfigError("partial.sum_delta", partial.sum_delta.shape, f"shape {shape}")
+        if partial.updates is not None and not np.isfinite(partial.updates).all():
+            raise ConfigError("partial.updates", "NaN or infinity", "screened, finite updates")
         if len(partial.present) and not 0 <= partial.present.min() <= partial.present.max() < (
             self._models
         ):

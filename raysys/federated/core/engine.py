@@ -22,7 +22,14 @@ from raysys.federated.core.local import LocalConfig
 from raysys.federated.core.messages import IntArray, Partial, ScreenConfig, Status, TrainTask
 from raysys.federated.core.model import ModelSpec, layout_of
 from raysys.federated.core.population import Population
-from raysys.federated.core.strategy import JobFacts, RoundReport, StateArrays, Strategy
+from raysys.federated.core.strategy import (
+    Demand,
+    JobFacts,
+    RoundReport,
+    SelectsDevices,
+    StateArrays,
+    Strategy,
+)
 
 NORM_MEMORY = 20
 MAX_ATTEMPTS = 5
@@ -125,10 +132,7 @@ class FederatedJob:
         """Select devices, let the strategy place them, and cut the tasks of the next round."""
         demands = self.strategy.demand(self.round_id)
         wanted = sum(demand.clients for demand in demands)
-        outcome = play_devices(
-            self.population, demands, self.devices, self._cost_of, self.seed,
-            self.round_id, self._attempt, self.virtual_s,
-        )  # fmt: skip
+        outcome = self._select(demands)
         groups = self._group(outcome.accepted)
         for group in groups:
             self._cut(group)
@@ -140,7 +144,9 @@ class FederatedJob:
         Raises:
             InfeasibleError: the round failed several times in a row.
         """
-        tables = [g.fold.table() for g in opened.groups if g.fold is not None and g.tasks]
+        tables = [
+            _named(g.fold.table(), g) for g in opened.groups if g.fold is not None and g.tasks
+        ]
         kept = sum(table.count(Status.OK) for table in tables)
         if kept < self.screen.min_fraction * opened.wanted:
             self._repeat(kept, opened)
@@ -151,7 +157,7 @@ class FederatedJob:
                 self.strategy.fold(opened.round_id, model_id, total)
         report = self._report(opened, tables)
         self.strategy.close(opened.round_id, report)
-        if kept:
+        if kept and self.screen.reject_factor is not None:
             norms = np.concatenate([table.norm[table.ok] for table in tables])
             self._norms = [*self._norms[1 - NORM_MEMORY :], float(np.median(norms))]
         self.virtual_s += report.virtual_s
@@ -200,6 +206,16 @@ class FederatedJob:
         prefix = "strategy."
         self.strategy.load({n.removeprefix(prefix): v for n, v in state.items() if prefix in n})
 
+    def _select(self, demands: list[Demand]) -> Outcome:
+        if isinstance(self.strategy, SelectsDevices):
+            return self.strategy.select(
+                self.population, self.devices, self._cost_of, self.seed, self.round_id
+            )
+        return play_devices(
+            self.population, demands, self.devices, self._cost_of, self.seed,
+            self.round_id, self._attempt, self.virtual_s,
+        )  # fmt: skip
+
     def _group(self, clients: IntArray) -> list[Group]:
         """Merge assignments of one spec and local configuration: they train in one program."""
         merged: dict[tuple[ModelSpec, LocalConfig], list[tuple[int, IntArray]]] = {}
@@ -246,6 +262,7 @@ class FederatedJob:
             chunk_size=self.execution.chunk_size,
             clip_norm=self.screen.clip_norm,
             reject_above=self._reject_above(),
+            local_noise=self.screen.local_noise,
         )
         for number, piece in enumerate(pieces):
             group.tasks.append(
@@ -294,11 +311,14 @@ class FederatedJob:
         table = join_tables(tables)
         counts = {s.name.lower(): table.count(s) for s in Status if s < Status.LATE}
         counts["late"] = len(opened.outcome.late)
-        counts["failed"] = len(opened.outcome.failed)
+        counts["failed"] = len(opened.outcome.failed) + table.count(Status.FAILED)
         ok = table.ok
         smallest = 4 * len(self.strategy.weights(0))
         group_bytes = [4 * layout_of(g.spec).n_params for g in opened.groups]
-        answered = [0 if g.fold is None else g.fold.table().count(Status.OK) for g in opened.groups]
+        answered = [
+            0 if g.fold is None or not g.tasks else g.fold.table().count(Status.OK)
+            for g in opened.groups
+        ]
         group_work = [
             3 * layout_of(g.spec).n_params * int(_samples_trained(g, self.population).sum())
             for g in opened.groups
@@ -320,16 +340,31 @@ class FederatedJob:
         )
 
 
+def _named(table: ClientTable, group: Group) -> ClientTable:
+    """The table with model ids in place of rows of the stacked weights, for its updates."""
+    if table.update_row is None:
+        return table
+    ids = np.array(group.model_ids, dtype=np.int64)
+    return dataclasses.replace(table, update_row=ids[table.update_row])
+
+
 def join_tables(tables: list[ClientTable]) -> ClientTable:
     """One table of several groups' clients."""
     if len(tables) == 1:
         return tables[0]
+    if not tables:
+        ids, none = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
+        status = np.empty(0, dtype=np.int8)
+        return ClientTable(
+            clients=ids, rows=ids, loss_first=none, loss_last=none, norm=none, n_samples=ids,
+            status=status,
+        )  # fmt: skip
 
     def join(name: str) -> Any:
         columns = [getattr(table, name) for table in tables]
         if any(column is None for column in columns):
             return None
-        return np.concatenate(columns) if columns else np.empty(0, dtype=np.float32)
+        return np.concatenate(columns)
 
     names = [field.name for field in dataclasses.fields(ClientTable)]
     return ClientTable(**{name: join(name) for name in names})

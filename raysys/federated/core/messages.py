@@ -44,6 +44,8 @@ class FeedbackSpec:
         halves: also sketch the update after the first half of each client's steps. Left out where
             noise is added: a second release of the same update would not be covered by it.
         sketch_tail: sketch only this last share of the flat update; 1 takes all of it.
+        update_group: clients whose mean update travels back on its own, for robust rules: 1 is
+            every single update (memory: clients x parameters), 0 is none.
     """
 
     weighting: str = "samples"
@@ -53,6 +55,7 @@ class FeedbackSpec:
     controls: bool = False
     halves: bool = False
     sketch_tail: float = 1.0
+    update_group: int = 0
 
     def __post_init__(self) -> None:
         check_choice(self, "weighting", ("samples", "uniform", "loss"))
@@ -60,6 +63,7 @@ class FeedbackSpec:
         check_range(self, "sketch_dim", 0, 65536)
         check_range(self, "sketch_density", 1, 16)
         check_range(self, "sketch_tail", 0, 1, low_open=True)
+        check_range(self, "update_group", 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,11 +75,14 @@ class ScreenConfig:
         reject_factor: an update longer than this many running median norms is dropped. None
             keeps all. A first round has no median yet and drops only non-finite updates.
         min_fraction: a round that keeps a smaller share of its demand is repeated.
+        local_noise: standard deviation of Gaussian noise that each client adds to its clipped
+            update before anything leaves it; its loss and norm then stay with it.
     """
 
     clip_norm: float | None = None
     reject_factor: float | None = 10.0
     min_fraction: float = 0.8
+    local_noise: float = 0.0
 
     def __post_init__(self) -> None:
         if self.clip_norm is not None:
@@ -83,6 +90,9 @@ class ScreenConfig:
         if self.reject_factor is not None:
             check(self, "reject_factor", self.reject_factor > 1, "None or a number above 1")
         check_range(self, "min_fraction", 0, 1)
+        check_range(self, "local_noise", 0)
+        bounded = self.local_noise == 0 or self.clip_norm is not None
+        check(self, "local_noise", bounded, "0 without clip_norm", "Noise hides bounded updates")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,6 +135,9 @@ class Partial:
         loss_first, loss_last, norm: float32 [k]; the norm is that before clipping.
         n_samples: int64 [k]. status: int8 [k]. sketch, sketch_half: float32 [k, D] or None.
         controls: change of each client's SCAFFOLD control variate, float32 [k, P], or None.
+        updates: mean update of each group of clients, float32 [U, P], or None; row k is client k
+            where groups are single clients. update_weight: summed weight, float64 [U], 0 where
+            nothing was kept. update_row: row of the stacked weights, int64 [U].
         busy_s: CPU seconds the worker spent, for balance and reports only.
     """
 
@@ -146,6 +159,9 @@ class Partial:
     sketch: Float32Array | None = None
     sketch_half: Float32Array | None = None
     controls: Float32Array | None = None
+    updates: Float32Array | None = None
+    update_weight: FloatArray | None = None
+    update_row: IntArray | None = None
     busy_s: float = 0.0
 
     @property

@@ -19,12 +19,15 @@ from raysys.federated.core.datasets import (
 from raysys.federated.core.devices import DeviceConfig
 from raysys.federated.core.engine import ExecutionConfig, FederatedJob
 from raysys.federated.core.fedavg import FedAvg, QFedAvg
+from raysys.federated.core.fedbuff import AsyncConfig, FedBuff
 from raysys.federated.core.local import LocalConfig
 from raysys.federated.core.messages import ScreenConfig
 from raysys.federated.core.model import Cnn, FromFactory, Mlp, ModelSpec, Task
 from raysys.federated.core.own_data import load_npz_data, load_parquet_data
 from raysys.federated.core.partition import PartitionConfig, partition
 from raysys.federated.core.population import Population
+from raysys.federated.core.privacy import PrivacyConfig, PrivateAvg
+from raysys.federated.core.robust import RobustAvg, RobustConfig
 from raysys.federated.core.scaffold import Scaffold
 from raysys.federated.core.server import OPTIMIZERS, Adam, Averaging, Momentum, ServerOptimizer
 from raysys.federated.core.strategy import Strategy
@@ -142,7 +145,12 @@ class ServerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class FederatedConfig:
-    """Everything that decides the outcome of a federated job."""
+    """Everything that decides the outcome of a federated job.
+
+    Args:
+        robust: median or trimmed mean instead of the mean. privacy: differential privacy.
+        asynchronous: buffered asynchronous rounds. At most one of these three.
+    """
 
     seed: int = 0
     clients_per_round: int = 20
@@ -154,10 +162,22 @@ class FederatedConfig:
     execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
     screen: ScreenConfig = dataclasses.field(default_factory=ScreenConfig)
     devices: DeviceConfig = dataclasses.field(default_factory=DeviceConfig)
+    robust: RobustConfig | None = None
+    privacy: PrivacyConfig | None = None
+    asynchronous: AsyncConfig | None = None
 
     def __post_init__(self) -> None:
         check_range(self, "seed", 0)
         check_range(self, "clients_per_round", 1)
+        named = [n for n in ("robust", "privacy", "asynchronous") if getattr(self, n) is not None]
+        check(
+            self, "robust", len(named) < 2, "one of robust, privacy, asynchronous", f"Has {named}"
+        )
+        plain = self.server.name in OPTIMIZERS or not named
+        check(self, "server", plain, f"one of {tuple(OPTIMIZERS)} with {named}")
+        private = self.privacy is not None and self.privacy.mode == "central"
+        exact = not private or self.devices.overcommit == 1
+        check(self, "devices", exact, "overcommit 1 with central privacy", "Else q is not q")
 
 
 def load_data(config: DataConfig, seed: int, folder: Path | None) -> FederatedData:
@@ -193,6 +213,12 @@ def make_population(config: FederatedConfig, data: FederatedData) -> Population:
 def make_line(config: FederatedConfig, spec: ModelSpec) -> FedAvg:
     """The model line that the configuration names."""
     server, k = config.server, config.clients_per_round
+    if config.robust is not None:
+        return RobustAvg(spec, config.local, k, config.robust, server.optimizer())
+    if config.privacy is not None:
+        return PrivateAvg(spec, config.local, k, config.privacy, server.optimizer())
+    if config.asynchronous is not None:
+        return FedBuff(spec, config.local, k, config.asynchronous, server.optimizer())
     if server.name == "qfedavg":
         return QFedAvg(spec, config.local, k, server.q, server.optimizer())
     if server.name == "scaffold":
@@ -211,11 +237,15 @@ def make_job(
     Args:
         strategy: what to run instead of the configuration's own model line.
     """
+    screen = config.screen
+    if config.privacy is not None:
+        multiplier = config.privacy.multiplier(config.clients_per_round / population.n_clients)
+        screen = config.privacy.screen(screen, multiplier)
     return FederatedJob(
         strategy or make_line(config, spec),
         population,
         config.seed,
         config.execution,
-        config.screen,
+        screen,
         config.devices,
     )

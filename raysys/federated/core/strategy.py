@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ from raysys.federated.core.local import LocalConfig
 from raysys.federated.core.messages import FeedbackSpec, IntArray
 from raysys.federated.core.model import FlatWeights, ModelSpec
 from raysys.federated.core.population import Population
+
+if TYPE_CHECKING:  # devices imports Demand from here
+    from raysys.federated.core.devices import CostOf, DeviceConfig, Outcome
 
 StateArrays = dict[str, npt.NDArray[Any]]
 
@@ -89,6 +92,22 @@ class RoundReport:
     capacity_bias: float | None = None
     busy_s: float = 0.0
     duration_s: float = 0.0
+
+
+@runtime_checkable
+class SelectsDevices(Protocol):
+    """A strategy that decides itself who takes part, as asynchronous ones do."""
+
+    def select(
+        self,
+        population: Population,
+        devices: DeviceConfig,
+        cost_of: CostOf,
+        seed: int,
+        round_id: int,
+    ) -> Outcome:
+        """Who takes part in a round; the same answer until the round closes."""
+        ...
 
 
 class Strategy(Protocol):

@@ -31,6 +31,7 @@ from raysys.federated.core.model import layout_of
 from raysys.federated.core.population import Population
 from raysys.federated.core.randomness import KeyedStreams, Purpose, generator, torch_seed
 from raysys.federated.core.sketch import sketch_rows
+from raysys.federated.core.updates import GroupedUpdates
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -98,6 +99,9 @@ class _TaskFold:
         self._controls = (
             np.zeros((k, n_params), dtype=np.float32) if task.feedback.controls else None
         )
+        self._updates = None
+        if task.feedback.update_group:
+            self._updates = GroupedUpdates(task.rows, task.feedback.update_group, n_params)
 
     def add(
         self, places: IntArray, trained: Trained, losses: Tensor | None, active: list[int]
@@ -123,6 +127,8 @@ class _TaskFold:
         )
         weight, scalar = self._weights(places, norm * factor, losses)
         self._sum_rows(places, delta, factor.numpy().astype(np.float64), weight, scalar, kept)
+        if self._updates is not None:
+            self._updates.add(places, (delta * factor.unsqueeze(1)).numpy(), weight * kept)
         if self._sketch is not None:
             self._sketch[places] = self._project(delta, factor)
         if self._sketch_half is not None and trained.half is not None:
@@ -136,7 +142,9 @@ class _TaskFold:
 
     def result(self) -> Partial:
         """The finished partial."""
-        task = self._task
+        task, groups = self._task, self._updates
+        if task.local_noise:  # what is not noisy does not leave the client
+            self._columns[:] = np.nan
         return Partial(
             round_id=task.round_id,
             attempt=task.attempt,
@@ -156,6 +164,9 @@ class _TaskFold:
             sketch=self._sketch,
             sketch_half=self._sketch_half,
             controls=self._controls,
+            updates=None if groups is None else groups.means(),
+            update_weight=None if groups is None else groups.weight,
+            update_row=None if groups is None else groups.row,
         )
 
     def _project(self, delta: Tensor, factor: Tensor) -> npt.NDArray[np.float32]:
