@@ -39,10 +39,9 @@ inline bool equal_weights(const Store& s) {
 template <class F> inline void each_scored(const Store& s, const Range& range, F f) {
   const bool plain = equal_weights(s) && range.table < 0;
   float score[kMaxChunks];
-  s.directory->for_range(range.low, range.high, [&](Segment& g, bool whole) {
-    const size_t n = s.directory->capacity(g);
+  s.directory->for_range(range.low, range.high, [&](Segment& g, size_t begin, size_t end, bool whole) {
     const bool check = !whole || !plain;
-    for (size_t i = 0; i < n; ++i) {
+    for (size_t i = begin; i < end; ++i) {
       const float* u = g.utils + i * s.c.max_chunks;
       float weight = 1.0f;
       if (check) {
@@ -265,7 +264,9 @@ inline void slice(Store& s, i64 slices) {
   const double want = double(target) * s.window_weight;
   double above = 0;
   s.cut = {};
-  for (int b = kBins - 1; b >= 0; --b) {
+  int top = kBins - 1;
+  while (top > 0 && s.window[top] == 0.0f) --top;
+  for (int b = top; b >= 0; --b) {
     above += s.window[b];
     if (above > want) { s.cut = {float_of((u32(b) << 16) | 0xffff), ~u64(0)}; break; }
   }
@@ -292,8 +293,8 @@ inline i64 compact(Store& s, const Range& range, i64 limit) {
   }
   i64 moved = 0;
   if (!any) return 0;
-  s.directory->for_range(range.low, range.high, [&](Segment& g, bool whole) {
-    for (size_t i = 0; i < s.directory->capacity(g) && moved < limit; ++i) {
+  s.directory->for_range(range.low, range.high, [&](Segment& g, size_t begin, size_t end, bool whole) {
+    for (size_t i = begin; i < end && moved < limit; ++i) {
       if (g.tags[i] & 0x80) continue;
       Entry& e = g.entries[i];
       if (!whole && (e.key < range.low || e.key > range.high)) continue;

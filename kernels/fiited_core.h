@@ -64,6 +64,7 @@ class Store {
   double scale = 1.0;                 // gamma^-round, renormalised by exact powers of two
   Cut cut;
   i64 alive = 0, pinned = 0;
+  i64 elsewhere = 0;                  // chunks alive on the other shards of one budget
   u32 round = 0, step = 0;
   bool frozen = false;
   int states;
@@ -127,7 +128,7 @@ class Store {
   float* dense_row(i64 i) const { return dense_weights + size_t(i) * c.max_chunks * c.chunk * (1 + states); }
 
   u16 full_mask(int t) const { return u16((1u << tables[t].chunks) - 1); }
-  i64 free_slots() const { return c.slots - alive; }
+  i64 free_slots() const { return c.slots - alive - elsewhere; }
   bool roomy() const { return free_slots() * 5 > c.slots; }
 
   void init_chunk(u64 v, int t, int j, float* out) const {

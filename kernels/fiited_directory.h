@@ -38,6 +38,7 @@ struct Segment {
   float* utils;
   u32* refs;
   u32 groups, live = 0, tombs = 0;
+  u32 reach = 0;   // no row lies further than this many groups behind its home
   int depth;
   u64 prefix;   // the top `depth` bits of every key, left-aligned
 };
@@ -59,19 +60,23 @@ class Directory {
   bool open() { Segment* s = make(0, 0); if (s) table_.push_back(s); return s != nullptr; }
 
   Segment& segment_of(u64 v) const { return *table_[depth_ ? v >> (64 - depth_) : 0]; }
-  u32 home(u64 v) const { return u32(((v * 0x9E3779B97F4A7C15ull >> 32) * groups_) >> 32); }
-  const u8* tag_line(u64 v) const { return segment_of(v).tags + size_t(home(v)) * 16; }
+  // Rises with the key inside a segment, so a range of keys is a range of groups.
+  static u32 home(const Segment& s, u64 v) { return u32(((v << s.depth) >> 32) * s.groups >> 32); }
+  const u8* tag_line(u64 v) const {
+    const Segment& s = segment_of(v);
+    return s.tags + size_t(home(s, v)) * 16;
+  }
 
   // First entry whose tag matches in the home group: what find() will most likely read.
   const Entry* likely(u64 v) const {
     const Segment& s = segment_of(v);
-    const u32 g = home(v), hits = match_group(s.tags + size_t(g) * 16, u8(v & 0x7f));
+    const u32 g = home(s, v), hits = match_group(s.tags + size_t(g) * 16, u8(v & 0x7f));
     return hits ? s.entries + size_t(g) * 16 + __builtin_ctz(hits) : nullptr;
   }
 
   Found find(u64 v, u16 table, u32* probes = nullptr) const {
     const Segment& s = segment_of(v);
-    u32 g = home(v), steps = 1;
+    u32 g = home(s, v), steps = 1;
     const u8 tag = u8(v & 0x7f);
     Found found;
     for (;; ++steps) {
@@ -137,12 +142,18 @@ class Directory {
       f(*s);   // may free the segment
     }
   }
-  // Segments that may hold keys of [low, high]; `whole` tells that no key needs checking.
+  // Call f(segment, begin, end, whole) for the cells that may hold keys of [low, high]; `whole`
+  // tells that no key needs checking.
   template <class F> void for_range(u64 low, u64 high, F f) const {
     for_each([&](Segment& s) {
       const u64 last = s.depth ? s.prefix | (~u64(0) >> s.depth) : ~u64(0);
       if (last < low || s.prefix > high) return;
-      f(s, s.prefix >= low && last <= high);
+      if (s.prefix >= low && last <= high) { f(s, size_t(0), capacity(s), true); return; }
+      const u32 from = s.prefix >= low ? 0 : home(s, low);
+      const u32 to = (last <= high ? s.groups - 1 : home(s, high)) + s.reach;
+      if (to - from >= s.groups) { f(s, size_t(0), capacity(s), false); return; }
+      f(s, size_t(from) * 16, size_t(to < s.groups ? to + 1 : s.groups) * 16, false);
+      if (to >= s.groups) f(s, size_t(0), size_t(to - s.groups + 1) * 16, false);
     });
   }
 
@@ -178,14 +189,14 @@ class Directory {
   }
 
   size_t place(Segment& s, u64 v) {
-    u32 g = home(v);
-    u32 room;
-    for (;;) {   // an empty or a deleted cell: both have the top bit of the tag set
+    u32 g = home(s, v), room, steps = 0;
+    for (;; ++steps) {   // an empty or a deleted cell: both have the top bit of the tag set
       const u8* tags = s.tags + size_t(g) * 16;
       room = match_group(tags, kEmpty) | match_group(tags, kDeleted);
       if (room) break;
       if (++g == s.groups) g = 0;
     }
+    if (steps > s.reach) s.reach = steps;
     const size_t i = size_t(g) * 16 + __builtin_ctz(room);
     s.tombs -= s.tags[i] == kDeleted;
     s.tags[i] = u8(v & 0x7f);

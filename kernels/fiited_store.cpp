@@ -295,8 +295,10 @@ i64 fiited_planned(void* raw, i32 which, float* scores, u64* ties) {
   });
 }
 // Grow the first `grow` and evict the worst `evict` of this shard's lists, then start a new round.
-i64 fiited_apply(void* raw, i64 grow, i64 evict) {
+// `elsewhere`: chunks that will be alive on the other shards after the round.
+i64 fiited_apply(void* raw, i64 grow, i64 evict, i64 elsewhere) {
   return guarded(raw, [&](Handle&, Store& s) -> i64 {
+    s.elsewhere = elsewhere;
     keep_best(s.growers, size_t(grow));
     keep_worst(s.victims, size_t(evict));
     apply_plan(s);
@@ -314,7 +316,6 @@ i64 fiited_set_budget(void* raw, i64 slots, i64 bytes) {
         if (!(g.tags[i] & 0x80) && (g.entries[i].alive & kPinned)) held += popcount(g.entries[i].alive & kAliveMask);
     });
     if (held > slots) return kPinnedOverBudget;
-    const i64 old = s.c.slots;
     const int min_alive = s.c.min_alive;
     s.c.slots = slots;
     s.c.budget_bytes = bytes;
@@ -327,7 +328,6 @@ i64 fiited_set_budget(void* raw, i64 slots, i64 bytes) {
       s.pool->release_empty();
     }
     s.memory.limit = bytes;
-    (void)old;
     return s.alive;
   });
 }

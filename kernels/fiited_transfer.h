@@ -18,6 +18,7 @@ fiited::i64 fiited_pull(void* raw, const fiited::u64* keys, const fiited::u16* t
                         fiited::u16* alive, float* values) {
   using namespace fiited;
   return guarded(raw, [&](Handle&, Store& s) -> i64 {
+    if (train && s.frozen) return kFrozen;
     if (train && s.c.admit_after == 0)
       for (i64 i = 0; i < n; ++i)
         if (!s.directory->find(keys[i], tables[i]).entry && s.free_slots() >= s.tables[tables[i]].chunks)
@@ -74,8 +75,8 @@ fiited::i64 fiited_count(void* raw, fiited::u64 low, fiited::u64 high, fiited::i
   return guarded(raw, [&](Handle&, Store& s) -> i64 {
     i64 rows = 0;
     *floats = 0;
-    s.directory->for_range(low, high, [&](Segment& g, bool) {
-      for (size_t i = 0; i < s.directory->capacity(g); ++i) {
+    s.directory->for_range(low, high, [&](Segment& g, size_t begin, size_t end, bool) {
+      for (size_t i = begin; i < end; ++i) {
         if (g.tags[i] & 0x80 || g.entries[i].key < low || g.entries[i].key > high) continue;
         ++rows;
         *floats += i64(popcount(g.entries[i].alive & kAliveMask)) * s.c.chunk * (1 + s.states);
@@ -92,9 +93,8 @@ fiited::i64 fiited_export(void* raw, fiited::u64 low, fiited::u64 high, fiited::
   return guarded(raw, [&](Handle&, Store& s) -> i64 {
     i64 rows = 0;
     const int k = s.c.max_chunks, C = s.c.chunk;
-    s.directory->for_range(low, high, [&](Segment& g, bool) {
-      const size_t n = s.directory->capacity(g);
-      for (size_t i = 0; i < n; ++i) {
+    s.directory->for_range(low, high, [&](Segment& g, size_t begin, size_t end, bool) {
+      for (size_t i = begin; i < end; ++i) {
         if (g.tags[i] & 0x80 || g.entries[i].key < low || g.entries[i].key > high || rows >= room) continue;
         Found f = s.directory->at(g, i);
         Row r{f.entry->key, f.entry, f.util, nullptr, f.refs, 0, 0, f.entry->table, u16(f.entry->alive & kAliveMask)};
@@ -181,6 +181,20 @@ fiited::i64 fiited_sketch(void* raw, fiited::i32 set, fiited::u32* cells, fiited
     else if (cells) std::copy(mine.begin(), mine.end(), cells);
     return i64(mine.size());
   });
+}
+// Candidates that wait for the next round, 16 bytes each. `set` = 0 reads (null: the number only).
+fiited::i64 fiited_queue(void* raw, fiited::i32 set, fiited::Candidate* items, fiited::i64 n) {
+  using namespace fiited;
+  return guarded(raw, [&](Handle&, Store& s) -> i64 {
+    if (items && set) s.queue.assign(items, items + n);
+    else if (items) std::copy(s.queue.begin(), s.queue.end(), items);
+    return i64(s.queue.size());
+  });
+}
+// Chunks alive on other shards, at load time.
+fiited::i64 fiited_elsewhere(void* raw, fiited::i64 chunks) {
+  using namespace fiited;
+  return guarded(raw, [&](Handle&, Store& s) -> i64 { s.elsewhere = chunks; return s.alive; });
 }
 fiited::i64 fiited_dense_rows(void* raw, fiited::i32 table, const fiited::i64* ids, fiited::i64 n, float* values) {
   using namespace fiited;   // write weights of a dense store: [n][D]

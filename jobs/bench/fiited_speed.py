@@ -23,6 +23,7 @@ from raysys.errors import CapabilityError
 from raysys.training.fiited import FiitedConfig, FiitedStore, TableSpec, checkpoint
 from raysys.training.fiited.metrics import mapped_bytes
 from raysys.training.fiited.metrics import statistics as store_statistics
+from raysys.training.fiited.store import aligned_empty
 
 TABLES, DIM, BATCH = 8, 64, 4096
 RATIO = 0.9325
@@ -42,8 +43,8 @@ class Workload:
             [order[np.searchsorted(tail, rng.random(BATCH) * tail[-1])] for order in orders]
             for _ in range(batches)
         ]
-        self.grad = (rng.standard_normal((BATCH, TABLES * DIM)) * 0.01).astype(np.float32)
-        self.out = np.empty((BATCH, TABLES * DIM), np.float32)
+        self.grad = aligned_empty(BATCH, TABLES * DIM)
+        self.grad[:] = rng.standard_normal((BATCH, TABLES * DIM)) * 0.01
         self.specs = tuple(TableSpec(name=f"t{i}", dim=DIM, rows=rows) for i in range(TABLES))
 
     def full(self) -> FiitedStore:
@@ -67,7 +68,7 @@ class Workload:
         """Lookup, fused update and adjustment of one batch."""
 
         def run(index: int) -> None:
-            _, batch = store.lookup(self.ids[index % len(self.ids)], train=True, out=self.out)
+            _, batch = store.lookup(self.ids[index % len(self.ids)], train=True)
             store.update(batch, self.grad)
             store.end_step()
 
@@ -144,7 +145,7 @@ def lookup_vs_embeddingbag(profile: Profile) -> Claim:
     starts = torch.arange(BATCH)
 
     def ours(index: int) -> None:
-        store.lookup(load.ids[index % len(load.ids)], out=load.out)
+        store.lookup(load.ids[index % len(load.ids)])
 
     def theirs(index: int) -> None:
         with torch.no_grad():

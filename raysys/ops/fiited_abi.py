@@ -43,6 +43,15 @@ ENTRY = np.dtype(
     ]
 )
 
+CANDIDATE = np.dtype(
+    {
+        "names": ["key", "score", "table"],
+        "formats": ["<u8", "<f4", "<u2"],
+        "offsets": [0, 8, 12],
+        "itemsize": 16,
+    }
+)
+
 
 def _int_fields(names: str, kind: Any) -> list[tuple[str, Any]]:
     return [(name, kind) for name in names.split()]

@@ -173,8 +173,13 @@ class NativeEngine:
         self._call("fiited_planned", which, _at(scores), _at(ties))
         return scores, ties
 
-    def apply(self, grow: int, evict: int) -> None:
-        self._call("fiited_apply", grow, evict)
+    def apply(self, grow: int, evict: int, elsewhere: int = 0) -> None:
+        """Carry out a plan; ``elsewhere`` chunks live on the other shards afterwards."""
+        self._call("fiited_apply", grow, evict, elsewhere)
+
+    def set_elsewhere(self, chunks: int) -> None:
+        """Chunks alive on the other shards of one budget."""
+        self._call("fiited_elsewhere", chunks)
 
     def set_budget(self, slots: int, bytes_: int) -> None:
         self._call("fiited_set_budget", slots, bytes_)
@@ -272,6 +277,16 @@ class NativeEngine:
     def set_sketch(self, cells: U32) -> None:
         self._call("fiited_sketch", 1, _at(cells), len(cells))
 
+    def queue(self) -> AnyArray:
+        """Candidates that wait for the next round (see ``abi.CANDIDATE``)."""
+        items = np.zeros(self._call("fiited_queue", 0, None, 0), abi.CANDIDATE)
+        self._call("fiited_queue", 0, _at(items), len(items))
+        return items
+
+    def set_queue(self, items: AnyArray) -> None:
+        if len(items):
+            self._call("fiited_queue", 1, _at(items), len(items))
+
     def set_dense_rows(self, table: int, ids: I64, values: F32) -> None:
         self._call("fiited_dense_rows", table, _at(ids), len(ids), _at(values))
 
@@ -339,7 +354,9 @@ _SIGNATURES: dict[str, list[Any]] = {
     "fiited_collect": [_P, _U32, _U64, _P, _P, _I64],
     "fiited_plan": [_P, _F32, _U64, _U64, _P],
     "fiited_planned": [_P, _I32, _P, _P],
-    "fiited_apply": [_P, _I64, _I64],
+    "fiited_apply": [_P, _I64, _I64, _I64],
+    "fiited_elsewhere": [_P, _I64],
+    "fiited_queue": [_P, _I32, _P, _I64],
     "fiited_set_budget": [_P, _I64, _I64],
     "fiited_freeze": [_P],
     "fiited_max_slots": [_P],

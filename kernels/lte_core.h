@@ -1,0 +1,289 @@
+// The arithmetic of LTE's FFN for one instruction set; included by lte_ffn.cpp after lte_vector.h,
+// inside the same namespace. Weights are rows of neurons: input rows [f, d], output rows [f, d].
+
+constexpr int TILE = 4;   // tokens that share one pass over an expert's weights
+constexpr int ROWS = 8;   // accumulators of a pass: 8 rows x 1 token, or 2 rows x 4 tokens
+
+// How x and a weight row meet: W is the weight's type, X the type of x it is multiplied with.
+template <class W, class X>
+struct Meet {
+  using Weight = W;
+  using Input = X;
+  static constexpr int STEP = LANES;
+  static inline V step(V acc, const W* w, const X* x) { return fma(load(w), load(x), acc); }
+};
+#if defined(LTE_DOT_BF16)
+template <>
+struct Meet<bf16, bf16> {
+  using Weight = bf16;
+  using Input = bf16;
+  static constexpr int STEP = 32;
+  static inline V step(V acc, const bf16* w, const bf16* x) {
+    return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_loadu_si512(x));
+  }
+};
+using InputOfBf16 = bf16;
+#else
+using InputOfBf16 = float;  // x is widened once, weights on the fly
+#endif
+
+// out[t * stride + r] = w[r] . x[t] for R rows d apart and N tokens.
+template <class M, int R, int N>
+static inline void block(const typename M::Weight* w, const typename M::Input* const* x, int64_t d,
+                         float* out, int stride) {
+  V acc[R * N];
+  for (int i = 0; i < R * N; ++i) acc[i] = zero();
+  int64_t k = 0;
+  for (; k + M::STEP <= d; k += M::STEP)
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < N; ++t)
+        acc[r * N + t] = M::step(acc[r * N + t], w + r * d + k, x[t] + k);
+  float sums[R * N];
+  if constexpr (R * N == 8) {
+    sum8(acc, sums);
+  } else {
+    for (int i = 0; i < R * N; ++i) sums[i] = sum(acc[i]);
+  }
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < N; ++t) {
+      float s = sums[r * N + t];
+      for (int64_t i = k; i < d; ++i) s += widen(w[r * d + i]) * widen(x[t][i]);
+      out[t * stride + r] = s;
+    }
+}
+
+template <class M, int N>
+static void dots_n(const typename M::Weight* w, int64_t rows, const typename M::Input* const* x,
+                   int64_t d, float* out, int stride) {
+  constexpr int R = N == 1 ? 8 : (N == 2 ? 4 : 2);
+  int64_t r = 0;
+  if constexpr (N == 4)
+    for (; r + 4 <= rows; r += 4) block<M, 4, N>(w + r * d, x, d, out + r, stride);
+  for (; r + R <= rows; r += R) block<M, R, N>(w + r * d, x, d, out + r, stride);
+  for (; r < rows; ++r) block<M, 1, N>(w + r * d, x, d, out + r, stride);
+}
+
+// out[t, r] = w[r] . x[t] for `rows` rows and 1 to TILE tokens.
+template <class M>
+static inline void dots(const typename M::Weight* w, int64_t rows,
+                        const typename M::Input* const* x, int tokens, int64_t d, float* out,
+                        int stride) {
+  switch (tokens) {
+    case 1: return dots_n<M, 1>(w, rows, x, d, out, stride);
+    case 2: return dots_n<M, 2>(w, rows, x, d, out, stride);
+    case 3: return dots_n<M, 3>(w, rows, x, d, out, stride);
+    default: return dots_n<M, 4>(w, rows, x, d, out, stride);
+  }
+}
+
+static inline float activate_one(float z, int kind) {
+  switch (kind) {
+    case SILU: return z / (1.0f + std::exp(-z));
+    case GELU: return 0.5f * z * (1.0f + std::erf(z * 0.70710678f));
+    case GELU_TANH: return 0.5f * z * (1.0f + std::tanh(0.79788456f * (z + 0.044715f * z * z * z)));
+    default: return z > 0.0f ? z : 0.0f;
+  }
+}
+
+// g[i] = act(g[i]) (* u[i])
+static inline void activate(float* g, const float* u, int64_t count, int kind) {
+  int64_t i = 0;
+  if (kind == SILU)
+    for (; i + LANES <= count; i += LANES) {
+      V z = load(g + i);
+      V s = div(z, add(splat(1.0f), exp_of(mul(z, splat(-1.0f)))));
+      store(g + i, u ? mul(s, load(u + i)) : s);
+    }
+  for (; i < count; ++i) {
+    float s = activate_one(g[i], kind);
+    g[i] = u ? s * u[i] : s;
+  }
+}
+
+// y[t, :] += sum_j a[t, j] * w[j, :]; the plain order of columns.
+template <class W>
+struct Down {
+  static constexpr int R = 8;
+  static void add_rows(const W* w, int64_t rows, int64_t d, const float* a, int stride,
+                       float* const* y, int tokens) {
+    int64_t r = 0;
+    for (; r + R <= rows; r += R) tile<R>(w + r * d, d, a + r, stride, y, tokens);
+    for (; r < rows; ++r) tile<1>(w + r * d, d, a + r, stride, y, tokens);
+  }
+  static void finish(const float* y, int64_t d, float* out) { std::memcpy(out, y, d * sizeof(float)); }
+
+ private:
+  template <int N>
+  static inline void tile(const W* w, int64_t d, const float* a, int stride, float* const* y,
+                          int tokens) {
+    int64_t k = 0;
+    for (; k + LANES <= d; k += LANES) {
+      V row[N];
+      for (int r = 0; r < N; ++r) row[r] = load(w + r * d + k);
+      for (int t = 0; t < tokens; ++t) {
+        V acc = load(y[t] + k);
+        for (int r = 0; r < N; ++r) acc = fma(splat(a[t * stride + r]), row[r], acc);
+        store(y[t] + k, acc);
+      }
+    }
+    for (; k < d; ++k)
+      for (int t = 0; t < tokens; ++t)
+        for (int r = 0; r < N; ++r) y[t][k] += a[t * stride + r] * widen(w[r * d + k]);
+  }
+};
+
+#if defined(LTE_DOT_BF16)
+// Rows in pairs: interleaving two rows and one vdpbf16ps do the work of two widenings and two FMAs.
+// The interleaved order of columns is kept in y until finish() restores it. Activations are rounded
+// to bfloat16, as a dense bfloat16 layer rounds them.
+template <>
+struct Down<bf16> {
+  static void add_rows(const bf16* w, int64_t rows, int64_t d, const float* a, int stride,
+                       float* const* y, int tokens) {
+    int64_t r = 0;
+    for (; r + 8 <= rows; r += 8) tile<4>(w + r * d, d, a + r, stride, y, tokens);
+    for (; r + 2 <= rows; r += 2) tile<1>(w + r * d, d, a + r, stride, y, tokens);
+    if (r < rows) single(w + r * d, d, a + r, stride, y, tokens);
+  }
+  static void finish(const float* y, int64_t d, float* out) {
+    int64_t k = 0;
+    for (; k + 32 <= d; k += 32)
+      for (int lane = 0; lane < 4; ++lane) {
+        std::memcpy(out + k + 8 * lane, y + k + 4 * lane, 16);
+        std::memcpy(out + k + 8 * lane + 4, y + k + 16 + 4 * lane, 16);
+      }
+    for (; k < d; ++k) out[k] = y[k];
+  }
+
+ private:
+  static inline __m512bh pair(float a, float b) {
+    uint32_t both = uint32_t(narrow(a)) | (uint32_t(narrow(b)) << 16);
+    return (__m512bh)_mm512_set1_epi32(int(both));
+  }
+  template <int P>  // pairs of rows
+  static inline void tile(const bf16* w, int64_t d, const float* a, int stride, float* const* y,
+                          int tokens) {
+    __m512bh act[TILE][P];
+    for (int t = 0; t < tokens; ++t)
+      for (int p = 0; p < P; ++p) act[t][p] = pair(a[t * stride + 2 * p], a[t * stride + 2 * p + 1]);
+    int64_t k = 0;
+    for (; k + 32 <= d; k += 32) {
+      __m512bh low[P], high[P];
+      for (int p = 0; p < P; ++p) {
+        __m512i one = _mm512_loadu_si512(w + 2 * p * d + k);
+        __m512i two = _mm512_loadu_si512(w + (2 * p + 1) * d + k);
+        low[p] = (__m512bh)_mm512_unpacklo_epi16(one, two);
+        high[p] = (__m512bh)_mm512_unpackhi_epi16(one, two);
+      }
+      for (int t = 0; t < tokens; ++t) {
+        V first = load(y[t] + k), second = load(y[t] + k + 16);
+        for (int p = 0; p < P; ++p) {
+          first = _mm512_dpbf16_ps(first, low[p], act[t][p]);
+          second = _mm512_dpbf16_ps(second, high[p], act[t][p]);
+        }
+        store(y[t] + k, first);
+        store(y[t] + k + 16, second);
+      }
+    }
+    for (; k < d; ++k)
+      for (int t = 0; t < tokens; ++t)
+        for (int r = 0; r < 2 * P; ++r) y[t][k] += a[t * stride + r] * widen(w[r * d + k]);
+  }
+  static void single(const bf16* w, int64_t d, const float* a, int stride, float* const* y,
+                     int tokens) {
+    for (int64_t k = 0; k < d; ++k) {
+      int64_t base = k / 32 * 32, j = k - base;
+      bool whole = base + 32 <= d;
+      int64_t at = whole ? base + (j / 8) * 4 + (j % 4) + (j % 8 >= 4 ? 16 : 0) : k;
+      for (int t = 0; t < tokens; ++t) y[t][at] += a[t * stride] * widen(w[k]);
+    }
+  }
+};
+#endif
+
+// Experts [first, last) of one layer: adds into y, float32 [T, d] in Down's order of columns.
+template <class W, class X>
+static void experts(const Layer& l, const X* x, const int32_t* offsets, const int32_t* tokens,
+                    int64_t first, int64_t last, float* y) {
+  const W* in = static_cast<const W*>(l.w_in);
+  const W* out = static_cast<const W*>(l.w_out);
+  const int64_t d = l.d, E = l.E;
+  const int stride = int(E);
+  Scratch& scratch = scratch_of_thread();
+  float* g = scratch.floats(0, TILE * E);
+  float* u = scratch.floats(1, TILE * E);
+  for (int64_t e = first; e < last; ++e)
+    for (int32_t i = offsets[e]; i < offsets[e + 1]; i += TILE) {
+      const int n = std::min<int>(TILE, offsets[e + 1] - i);
+      const X* xs[TILE];
+      float* ys[TILE];
+      for (int t = 0; t < n; ++t) {
+        xs[t] = x + tokens[i + t] * d;
+        ys[t] = y + tokens[i + t] * d;
+      }
+      dots<Meet<W, X>>(in + e * E * d, E, xs, n, d, g, stride);
+      if (l.gated) dots<Meet<W, X>>(in + (l.f + e * E) * d, E, xs, n, d, u, stride);
+      if (l.bias)
+        for (int t = 0; t < n; ++t)
+          for (int64_t j = 0; j < E; ++j) {
+            g[t * E + j] += l.bias[e * E + j];
+            if (l.gated) u[t * E + j] += l.bias[l.f + e * E + j];
+          }
+      activate(g, l.gated ? u : nullptr, n * E, l.act);
+      Down<W>::add_rows(out + e * E * d, E, d, g, stride, ys, n);
+    }
+}
+
+// mask[e * T + t] = x[t] . wr[e] + br[e] > threshold, for experts [first, last).
+template <class W, class X>
+static void route_rows(const Layer& l, const X* x, int64_t T, int64_t first, int64_t last,
+                       float threshold, uint8_t* mask) {
+  const W* wr = static_cast<const W*>(l.wr);
+  float* z = scratch_of_thread().floats(0, TILE * l.n);
+  const int64_t rows = last - first;
+  for (int64_t t0 = 0; t0 < T; t0 += TILE) {
+    const int n = int(std::min<int64_t>(TILE, T - t0));
+    const X* xs[TILE];
+    for (int t = 0; t < n; ++t) xs[t] = x + (t0 + t) * l.d;
+    dots<Meet<W, X>>(wr + first * l.d, rows, xs, n, l.d, z, int(rows));
+    for (int t = 0; t < n; ++t)
+      for (int64_t r = 0; r < rows; ++r) {
+        float logit = z[t * rows + r] + (l.br ? l.br[first + r] : 0.0f);
+        mask[(first + r) * T + t0 + t] = logit > threshold;
+      }
+  }
+}
+
+static const float* widened(const void* x, int64_t count) {
+  const bf16* from = static_cast<const bf16*>(x);
+  float* to = scratch_of_thread().floats(2, count);
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = widen(from[i]);
+  return to;
+}
+
+static const Kernels KERNELS = {
+    // expert computation: float32, bfloat16
+    [](const Layer& l, const Inputs& x, const int32_t* o, const int32_t* t, int64_t a, int64_t b,
+       float* y) {
+      if (l.dtype == F32) return experts<float, float>(l, x.f32, o, t, a, b, y);
+      if constexpr (std::is_same<InputOfBf16, bf16>::value)
+        return experts<bf16, InputOfBf16>(l, (const InputOfBf16*)x.raw, o, t, a, b, y);
+      else
+        return experts<bf16, InputOfBf16>(l, (const InputOfBf16*)x.f32, o, t, a, b, y);
+    },
+    [](const Layer& l, const Inputs& x, int64_t T, int64_t a, int64_t b, float threshold,
+       uint8_t* mask) {
+      if (l.router_dtype == F32) return route_rows<float, float>(l, x.f32, T, a, b, threshold, mask);
+      if (std::is_same<InputOfBf16, bf16>::value && l.dtype == BF16)
+        return route_rows<bf16, InputOfBf16>(l, (const InputOfBf16*)x.raw, T, a, b, threshold, mask);
+      return route_rows<bf16, float>(l, x.f32, T, a, b, threshold, mask);
+    },
+    [](const Layer& l, const float* y, float* out) {
+      if (l.dtype == F32) return Down<float>::finish(y, l.d, out);
+      return Down<bf16>::finish(y, l.d, out);
+    },
+    widened,
+    std::is_same<InputOfBf16, bf16>::value,
+};
