@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,6 +112,28 @@ class JobClient(_Client):
         except grpc.aio.AioRpcError as error:
             raise remote_error(self.address, error) from error
 
+    async def follow(self, pause_s: float = 0.05) -> AsyncIterator[Any]:
+        """Events of the job without end: the stream is opened again when the leader changes.
+
+        Every (re)connection starts with the state of the open round, if there is one.
+
+        Raises:
+            RemoteError: the service refuses the caller.
+        """
+        reference = pb.JobRef(job_id=self.job_id)
+        while True:
+            try:
+                async for event in self._stub.Watch(reference, metadata=metadata(self._security)):
+                    yield event
+            except grpc.aio.AioRpcError as error:
+                if error.code() in {
+                    grpc.StatusCode.UNAUTHENTICATED,
+                    grpc.StatusCode.PERMISSION_DENIED,
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                }:
+                    raise remote_error(self.address, error) from error
+            await asyncio.sleep(pause_s)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Assignments:
@@ -140,14 +163,26 @@ class DeviceClient(_Client):
         self._schema_version = schema_version
 
     async def check_in(
-        self, device_ids: bytes, columns: Sequence[npt.NDArray[np.float32]], sequence: int = 0
+        self,
+        device_ids: bytes,
+        columns: Sequence[npt.NDArray[np.float32]],
+        sequence: int = 0,
+        speed: tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]] | None = None,
     ) -> Assignments:
-        """Check in N devices; ids of 16 bytes each, one float32 array per attribute."""
+        """Check in N devices; ids of 16 bytes each, one float32 array per attribute.
+
+        Args:
+            speed: compute time and bandwidth of every device over the population's means; lets
+                the service match tiers.
+        """
+        compute, bandwidth = (np.asarray(part, dtype="<f4").tobytes() for part in speed or ((), ()))
         request = pb.CheckInBatch(
             schema_version=self._schema_version,
             device_ids=device_ids,
             columns=[np.asarray(column, dtype="<f4").tobytes() for column in columns],
             sequence=sequence,
+            compute=compute,
+            bandwidth=bandwidth,
         )
         return unpack(await self._call(self._stub.CheckIn, request))
 

@@ -11,7 +11,7 @@ from actors.venn.host import Host
 from actors.venn.processes import free_port
 from actors.venn.security import SecurityConfig
 from raysys.config import check, check_range, config_to_dict
-from raysys.federated.venn.gateway import GatewayConfig
+from raysys.federated.venn.gateway_plan import GatewayConfig
 from raysys.federated.venn.scheduler_state import ServiceConfig
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import numpy.typing as npt
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -22,7 +23,8 @@ from actors.venn import wire
 from actors.venn.security import SecurityConfig, channel, interceptors, metadata, server_port
 from actors.venn.status import typed
 from raysys.errors import RaysysError, RemoteError
-from raysys.federated.venn.gateway import GatewayConfig, GatewayCore
+from raysys.federated.venn.gateway import GatewayCore
+from raysys.federated.venn.gateway_plan import GatewayConfig, Usage
 
 CALL_TIMEOUT_S = 5.0
 PLAN_TIMEOUT_S = 30.0
@@ -107,7 +109,7 @@ class GatewayServer(rpc.DeviceGatewayServicer):  # type: ignore[misc]
             "name": self.core.name,
             "port": self.port,
             "plan": plan.version if plan else 0,
-            "leases": len(self.core.leases.leases),
+            "leases": len(self.core.leases),
             "checkins": self.checkins,
         }
 
@@ -127,15 +129,14 @@ class GatewayServer(rpc.DeviceGatewayServicer):  # type: ignore[misc]
         counters = await self._counters(request, context)
         left = self.core.renew(counters, self._clock())
         return pb.LeaseAckBatch(
-            accepted=bytes(value > 0 for value in left),
-            expiry_s=np.asarray(left, dtype="<f4").tobytes(),
+            accepted=(left > 0).tobytes(), expiry_s=left.astype("<f4").tobytes()
         )
 
     @typed
     async def Release(self, request: Any, context: Any) -> Any:
         counters = await self._counters(request, context)
-        accepted = self.core.release(counters, list(request.outcomes), self._clock())
-        return pb.LeaseAckBatch(accepted=bytes(accepted))
+        accepted = self.core.release(counters, request.outcomes, self._clock())
+        return pb.LeaseAckBatch(accepted=accepted.tobytes())
 
     async def _check_in(self, request: Any, context: Any) -> Any:
         plan = self.core.plan
@@ -143,12 +144,18 @@ class GatewayServer(rpc.DeviceGatewayServicer):  # type: ignore[misc]
             names = ", ".join(plan.schema.attributes)
             reason = f"schema version is {plan.schema.version}: {names}"
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
-        offers = self.core.check_in(request.device_ids, request.columns, self._clock())
+        offers = self.core.check_in(
+            request.device_ids,
+            request.columns,
+            self._clock(),
+            request.compute,
+            request.bandwidth,
+        )
         self.checkins += len(offers.slots)
         core = self.core
         return wire.offer_message(offers, request.sequence, core.name, core.incarnation)
 
-    async def _counters(self, request: Any, context: Any) -> list[int]:
+    async def _counters(self, request: Any, context: Any) -> npt.NDArray[np.uint64]:
         counters = wire.counters_of(request.lease_counters)
         if request.epoch != self.core.incarnation:
             reason = "these leases are of an earlier incarnation of this gateway"
@@ -184,10 +191,27 @@ class GatewayServer(rpc.DeviceGatewayServicer):  # type: ignore[misc]
         Check-ins are added up until a report with them was acknowledged.
         """
         self.core.tick(self._clock())
-        rows, counts = self.core.usage()
-        for mask, count in counts.items():
+        usage = self.core.usage()
+        for mask, count in usage.checkins.items():
             self._unreported[mask] = self._unreported.get(mask, 0) + count
-        changed = [row for row in rows if self._acknowledged.get(row[0]) != row]
+        changed = [row for row in usage.rounds if self._acknowledged.get(row[0]) != row]
+        message = self._message(changed, usage)
+        sent, self._unreported = self._unreported, {}
+        sent_s = self._clock()
+        try:
+            await stub.Report(message, timeout=CALL_TIMEOUT_S, metadata=metadata(self._security))
+        except grpc.aio.AioRpcError:
+            # Supply is an estimate: after a lost answer these check-ins may count twice.
+            for mask, count in sent.items():
+                self._unreported[mask] = self._unreported.get(mask, 0) + count
+            raise
+        self.core.heard(sent_s)
+        live = {row[0] for row in usage.rounds}
+        kept = {key: row for key, row in self._acknowledged.items() if key in live}
+        self._acknowledged = kept | {row[0]: row for row in changed}
+
+    def _message(self, changed: list[list[int]], usage: Usage) -> Any:
+        """The next report; profiled answers in a report that gets lost are not sent again."""
         self._sequence += 1
         message = pb.UsageReport(
             gateway=self.core.name, incarnation=self.core.incarnation, sequence=self._sequence
@@ -203,16 +227,11 @@ class GatewayServer(rpc.DeviceGatewayServicer):  # type: ignore[misc]
             )
         for mask, count in self._unreported.items():
             message.checkins.add(mask=wire.mask_to_bytes(mask), count=count)
-        sent, self._unreported = self._unreported, {}
-        sent_s = self._clock()
-        try:
-            await stub.Report(message, timeout=CALL_TIMEOUT_S, metadata=metadata(self._security))
-        except grpc.aio.AioRpcError:
-            # Supply is an estimate: after a lost answer these check-ins may count twice.
-            for mask, count in sent.items():
-                self._unreported[mask] = self._unreported.get(mask, 0) + count
-            raise
-        self.core.heard(sent_s)
-        live = {row[0] for row in rows}
-        kept = {key: row for key, row in self._acknowledged.items() if key in live}
-        self._acknowledged = kept | {row[0]: row for row in changed}
+        for round_id, answers in usage.answers.items():
+            kinds, times = zip(*answers) if answers else ((), ())
+            message.answers.add(
+                round_id=round_id,
+                classes=bytes(kinds),
+                response_s=np.asarray(times, dtype="<f4").tobytes(),
+            )
+        return message

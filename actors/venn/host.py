@@ -19,7 +19,7 @@ from actors.venn.scheduler import SchedulerServer
 from actors.venn.security import SecurityConfig
 from raysys.config import config_from_dict
 from raysys.errors import ConfigError, RaysysError, RemoteError
-from raysys.federated.venn.gateway import GatewayConfig
+from raysys.federated.venn.gateway_plan import GatewayConfig
 from raysys.federated.venn.scheduler_state import ServiceConfig
 
 START_TIMEOUT_S = 60.0

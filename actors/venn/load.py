@@ -7,7 +7,6 @@ round than it asked for.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import multiprocessing
 import time
 from collections import Counter
@@ -216,26 +215,12 @@ async def _one_job(
     requirement = REQUIREMENTS[int(name.rpartition("/")[2])]
     async with JobClient(scheduler, name, security) as job:
         await job.register(requirement)
-        while True:
-            ticket = await job.open_round(
-                config.demand, deadline_s=600, lease_s=config.lease_s, keep_failed=True
-            )
-            await wait_filled(job, ticket.round_id)
-            await job.close_round(ticket.round_id, success=True)
-
-
-async def wait_filled(job: JobClient, round_id: int) -> None:
-    """Wait until a round is filled; the event stream is opened again when the leader changes."""
-    while True:
-        with contextlib.suppress(RemoteError):
-            async for event in job.events():
-                if event.kind == pb.JobEvent.FILLED and event.round_id == round_id:
-                    return
-                report = await job.overview()
-                mine = next(item for item in report["jobs"] if item["job"] == job.job_id)
-                if not mine["remaining"]:
-                    return
-        await asyncio.sleep(0.05)
+        more = {"deadline_s": 600, "lease_s": config.lease_s, "keep_failed": True}
+        ticket = await job.open_round(config.demand, **more)
+        async for event in job.follow():
+            if event.kind == pb.JobEvent.FILLED and event.round_id == ticket.round_id:
+                await job.close_round(ticket.round_id, success=True)
+                ticket = await job.open_round(config.demand, **more)
 
 
 def _merge(parts: Sequence[LoadReport], rounds: int, demands: dict[str, int]) -> LoadReport:

@@ -19,7 +19,7 @@ from typing import Any
 from raysys import machine
 from raysys.config import config_to_dict
 from raysys.errors import RemoteError
-from raysys.federated.venn.gateway import GatewayConfig
+from raysys.federated.venn.gateway_plan import GatewayConfig
 from raysys.federated.venn.scheduler_state import ServiceConfig
 
 _STOP_TIMEOUT_S = 10.0

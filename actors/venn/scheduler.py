@@ -281,7 +281,8 @@ class SchedulerServer(rpc.JobPlaneServicer, rpc.PlanFeedServicer):  # type: igno
             job = self.core.state.jobs.get(request.job_id)
             if job is not None and job.open is not None:
                 opened = job.open
-                state = pb.JobEvent(kind="ASSIGNED", round_id=opened.round_id)
+                kind = "EXPIRED" if opened.expired else "FILLED" if opened.filled else "ASSIGNED"
+                state = pb.JobEvent(kind=kind, round_id=opened.round_id)
                 state.assigned, state.failed = opened.spent, opened.failed
                 yield state
             while True:
@@ -303,7 +304,7 @@ class SchedulerServer(rpc.JobPlaneServicer, rpc.PlanFeedServicer):  # type: igno
                 "gateway", request.gateway, "a joined gateway", "Watch the plan first"
             )
         self._alive[request.gateway] = time.monotonic()
-        if request.rounds or request.checkins:
+        if request.rounds or request.checkins or request.answers:
             self.commit(
                 {
                     "op": "report",
@@ -317,6 +318,7 @@ class SchedulerServer(rpc.JobPlaneServicer, rpc.PlanFeedServicer):  # type: igno
                     "checkins": [
                         [wire.mask_from_bytes(row.mask), row.count] for row in request.checkins
                     ],
+                    "answers": wire.answers_of(request),
                 }
             )
         return pb.Ack(epoch=self.core.state.epoch)

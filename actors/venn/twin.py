@@ -120,7 +120,8 @@ class Twin:
         masks = [self.trace.masks[atom] for atom in self.trace.atom[rows]]
         values = np.asarray([VALUES_OF_MASK[mask] for mask in masks], dtype=np.float32)
         identities = b"".join(int(position).to_bytes(16, "big") for position in positions)
-        answer = await client.check_in(identities, list(values.T))
+        speed = (self.trace.compute[rows], 1.0 / self.trace.comm[rows])
+        answer = await client.check_in(identities, list(values.T), speed=speed)
         for place in np.flatnonzero(answer.slots >= 0).tolist():
             name = answer.tasks[int(answer.slots[place])].job_id
             if not name.startswith(JOB_PREFIX):

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from actors.proto.messages import pb
 from raysys.errors import ConfigError
-from raysys.federated.venn.gateway import GatewayPlan, GatewayRound, Offers
+from raysys.federated.venn.capability import CLASSES
+from raysys.federated.venn.gateway_plan import GatewayPlan, GatewayRound, Offers
+from raysys.federated.venn.requests import ALL_CLASSES
 from raysys.federated.venn.requirements import Requirement, Schema
 from raysys.federated.venn.scheduler import SchedulerCore
 
@@ -35,6 +38,7 @@ def plan_message(core: SchedulerCore, gateway: str, now_s: float) -> Any:
         flat=state.flat,
         retry_after_s=state.retry_after_s,
         yield_factor=state.yield_factor or 0.0,
+        tiered=core.config.tiers > 1,
     )
     for requirement in state.requirements:
         message.requirements.add(bounds=dict(requirement.bounds))
@@ -62,6 +66,7 @@ def plan_message(core: SchedulerCore, gateway: str, now_s: float) -> Any:
             lease_s=opened.lease_s,
             ends_in_s=max(opened.opened_s + opened.deadline_s - now_s, 0.0),
             size=state.sizes.get(job.slot, 0.0),
+            classes=max(opened.classes, 0),
         )
     return message
 
@@ -78,6 +83,7 @@ def plan_from_message(message: Any, now_s: float) -> GatewayPlan:
             lease_s=item.lease_s,
             ends_s=now_s + item.ends_in_s,
             size=item.size,
+            classes=item.classes or ALL_CLASSES,
             task=item.task,
         )
         for item in message.rounds
@@ -95,6 +101,7 @@ def plan_from_message(message: Any, now_s: float) -> GatewayPlan:
         flat=message.flat,
         yield_factor=message.yield_factor or None,
         retry_after_s=message.retry_after_s,
+        tiered=message.tiered,
     )
 
 
@@ -108,11 +115,11 @@ def offer_message(offers: Offers, sequence: int, gateway: str, incarnation: int)
         lease_counters=offers.leases.astype("<u8").tobytes(),
         expiry_s=offers.expiry_s.astype("<f4").tobytes(),
         retry_after_s=offers.retry_s.astype("<f4").tobytes(),
-        tasks=[item.task for item in offers.rounds],
+        tasks=[item.task for item in offers.rounds.values()],
     )
 
 
-def counters_of(data: bytes) -> list[int]:
+def counters_of(data: bytes) -> npt.NDArray[np.uint64]:
     """Lease counters of a batch.
 
     Raises:
@@ -120,5 +127,25 @@ def counters_of(data: bytes) -> list[int]:
     """
     if len(data) % 8 or len(data) > 800_000:
         raise ConfigError("lease_counters", len(data), "a multiple of 8 bytes, at most 800,000")
-    counters: list[int] = np.frombuffer(data, dtype="<u8").tolist()
-    return counters
+    return np.frombuffer(data, dtype="<u8")
+
+
+def answers_of(message: Any) -> list[list[Any]]:
+    """Profiled answers of a usage report as ``[round, classes, response times]``.
+
+    Raises:
+        ConfigError: columns of unequal length, an unknown class, or a time that is not finite.
+    """
+    found = []
+    for item in message.answers:
+        if len(item.response_s) != 4 * len(item.classes):
+            expected = f"{len(item.classes)} float32 values"
+            raise ConfigError("answers.response_s", len(item.response_s), expected)
+        times = np.frombuffer(item.response_s, dtype="<f4")
+        kinds = list(item.classes)
+        if any(kind >= CLASSES for kind in kinds):
+            raise ConfigError("answers.classes", max(kinds), f"numbers below {CLASSES}")
+        if not (np.isfinite(times) & (times >= 0)).all():
+            raise ConfigError("answers.response_s", "a value out of range", "finite numbers >= 0")
+        found.append([item.round_id, kinds, np.round(times.astype(float), 3).tolist()])
+    return found

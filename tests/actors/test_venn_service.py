@@ -18,7 +18,7 @@ from actors.venn.client import Assignments, DeviceClient, JobClient
 from actors.venn.gateway import GatewayServer
 from actors.venn.scheduler import SchedulerServer
 from raysys.errors import RemoteError
-from raysys.federated.venn.gateway import GatewayConfig
+from raysys.federated.venn.gateway_plan import GatewayConfig
 from raysys.federated.venn.scheduler_state import ServiceConfig
 
 WAIT_S = 20.0
@@ -268,7 +268,7 @@ def test_streamed_check_ins_and_a_stream_cancelled_half_way(tmp_path: Path) -> N
                 assert len(answer.tasks) == 1
             call.cancel()
             await channel.close()
-            assert len(service.gateways[0].core.leases.leases) == 20
+            assert len(service.gateways[0].core.leases) == 20
 
     asyncio.run(scenario())
 

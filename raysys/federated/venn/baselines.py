@@ -52,8 +52,12 @@ def srsf_total() -> _ByKey:
 
 
 def least_attained() -> _ByKey:
-    """The job that was given the fewest devices so far goes first."""
-    return _ByKey(lambda request: (request.attained, request.opened_s, request.job))
+    """The job with the fewest devices in its finished rounds goes first.
+
+    Only finished rounds count: were every assigned device counted at once, equal jobs would take
+    turns device by device, miss their deadlines together, and never finish a round.
+    """
+    return _ByKey(lambda request: (request.attained(), request.opened_s, request.job))
 
 
 def round_robin() -> _ByKey:

@@ -1,109 +1,40 @@
 """A gateway's part: eligibility, assignment from credits, leases, usage. It never plans.
 
 Pure: time comes with every call. One object per gateway incarnation; a restart is a new one, with
-empty leases, and the scheduler charges what the old one may have done until its leases end.
+empty leases, and the scheduler charges what the old one may have done until its leases end. A batch
+is handled in columns; Python objects are made per round and per kind of device, not per device.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from raysys.config import check, check_range
 from raysys.errors import ConfigError
 from raysys.federated.venn.assignment import assign
-from raysys.federated.venn.leases import Lease, LeaseTable
+from raysys.federated.venn.capability import CLASSES, UNKNOWN, capability_classes
+from raysys.federated.venn.gateway_plan import (
+    GatewayConfig,
+    GatewayPlan,
+    GatewayRound,
+    Offers,
+    Usage,
+)
+from raysys.federated.venn.leases import Counters, Floats, Ints, LeaseTable
 from raysys.federated.venn.pacing import jittered
-from raysys.federated.venn.requirements import Requirement, RequirementCompiler, Schema
+from raysys.federated.venn.requirements import RequirementCompiler
 
 DEVICE_ID_BYTES = 16
 NO_TASK, RATE_LIMITED, WRONG_GATEWAY = -1, -2, -3
 DONE, DECLINED, FAILED = 0, 1, 2
+_KINDS = CLASSES + 1
+_KEPT_ANSWERS = 512
 
-Ints = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GatewayConfig:
-    """Settings of a gateway.
-
-    Args:
-        shards, shard: devices are split by id; an id of another shard is refused. 1 accepts all.
-        min_interval_s: a device may check in once per so many seconds; 0 for no limit.
-        max_batch: most check-ins in one message.
-        fence_s: without a sign of the scheduler for so long, no lease is issued or prolonged: the
-            scheduler may have given this gateway up and will hand its credits to others.
-        seed: of the jitter.
-    """
-
-    shards: int = 1
-    shard: int = 0
-    min_interval_s: float = 0.0
-    max_batch: int = 100_000
-    fence_s: float = 10.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_range(self, "shards", 1)
-        check(self, "shard", 0 <= self.shard < self.shards, f"a number in [0, {self.shards})")
-        check_range(self, "min_interval_s", 0)
-        check_range(self, "max_batch", 1)
-        check_range(self, "fence_s", 0, low_open=True)
-
-
-@dataclass(slots=True)
-class GatewayRound:
-    """An open round as the gateway knows it; counters are cumulative over this incarnation."""
-
-    round_id: int
-    slot: int
-    group: int
-    limit: int
-    version: int
-    lease_s: float
-    ends_s: float
-    size: float = 0.0
-    spent: int = 0
-    done: int = 0
-    failed: int = 0
-    task: object = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GatewayPlan:
-    """A plan as a gateway receives it; ``rounds`` in service order."""
-
-    epoch: int
-    version: int
-    schema: Schema
-    requirements: tuple[Requirement, ...]
-    rounds: tuple[GatewayRound, ...]
-    atoms: Mapping[int, Sequence[int]]
-    scarcity: Sequence[int] = ()
-    flat: bool = False
-    yield_factor: float | None = None
-    retry_after_s: float = 900.0
-
-
-@dataclass(frozen=True, slots=True)
-class Offers:
-    """Answer to a batch of N check-ins.
-
-    Args:
-        slots: int32, job slot or one of the negative codes; leases: uint64, 0 without a task.
-        expiry_s: float32, seconds from now; retry_s: float32, 0 with a task.
-        rounds: rounds that occur in the answer.
-    """
-
-    slots: npt.NDArray[np.int32]
-    leases: npt.NDArray[np.uint64]
-    expiry_s: npt.NDArray[np.float32]
-    retry_s: npt.NDArray[np.float32]
-    rounds: list[GatewayRound]
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(slots=True)
@@ -116,10 +47,13 @@ class GatewayCore:
     rounds: dict[int, GatewayRound] = field(default_factory=dict)
     leases: LeaseTable = field(default_factory=LeaseTable)
     counts: dict[int, int] = field(default_factory=dict)
+    answers: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
     plan: GatewayPlan | None = None
     heard_s: float = -np.inf
     _compiler: RequirementCompiler | None = None
-    _rankings: dict[int, list[int]] = field(default_factory=dict)
+    _credits: dict[int, int] = field(default_factory=dict)
+    _next_end_s: float = np.inf
+    _rankings: dict[tuple[int, int], deque[int]] = field(default_factory=dict)
     _last_seen: dict[bytes, float] = field(default_factory=dict)
     _older_seen: dict[bytes, float] = field(default_factory=dict)
     _rotated_s: float = 0.0
@@ -144,6 +78,7 @@ class GatewayCore:
                 self._compiler.add(requirement)
         self.plan = plan
         self._rankings = {}
+        self._next_end_s = -np.inf
 
     def heard(self, now_s: float) -> None:
         """The scheduler answered a message that was *sent* at ``now_s``."""
@@ -153,12 +88,21 @@ class GatewayCore:
         """Whether the scheduler may think this gateway dead."""
         return now_s - self.heard_s > self.config.fence_s
 
-    def check_in(self, ids: bytes, columns: Sequence[bytes], now_s: float) -> Offers:
+    def check_in(
+        self,
+        ids: bytes,
+        columns: Sequence[bytes],
+        now_s: float,
+        compute: bytes = b"",
+        bandwidth: bytes = b"",
+    ) -> Offers:
         """Answer a batch of devices.
 
         Args:
             ids: N device ids of 16 bytes each.
             columns: N float32 values per attribute, little-endian.
+            compute, bandwidth: N float32 values each, or empty; see
+                :func:`~raysys.federated.venn.capability.capability_classes`.
 
         Raises:
             ConfigError: malformed batch; nothing was assigned.
@@ -167,74 +111,85 @@ class GatewayCore:
         names = self._attributes()
         if len(columns) != len(names):
             raise ConfigError("columns", len(columns), f"{len(names)} columns")
-        values = [_floats(name, column) for name, column in zip(names, columns)]
+        values = [_floats(f"columns.{name}", column) for name, column in zip(names, columns)]
         if any(len(value) != len(devices) for value in values):
             lengths = [len(value) for value in values]
             raise ConfigError("columns", lengths, f"{len(devices)} values in every column")
+        capability = _capability(compute, bandwidth, len(devices))
         assert self._compiler is not None
         masks, atom_of = self._compiler.masks(values)
         self.tick(now_s)
         offers = self._blank(len(devices))
-        fresh = self._screen(devices, ids, offers, now_s)
+        fresh, again = self._screen(devices, ids, offers, now_s)
         for index, count in enumerate(np.bincount(atom_of, minlength=len(masks)).tolist()):
             self.counts[masks[index]] = self.counts.get(masks[index], 0) + count
-        if self.fenced(now_s):
-            fresh = fresh[:0]
-        chosen = self._choose(masks, atom_of[fresh])
-        for place, round_id in zip(fresh.tolist(), chosen.tolist()):
-            if round_id >= 0:
-                self._lease(devices[place], place, self.rounds[round_id], offers, now_s)
-        self._repeat(devices, offers, now_s)
+        if len(fresh) and not self.fenced(now_s):
+            chosen = self._choose(masks, atom_of[fresh], capability[fresh], now_s)
+            given = chosen >= 0
+            self._lease(devices, fresh[given], chosen[given], capability, offers, now_s)
+        self._repeat(devices, again, offers, now_s)
         return offers
 
-    def renew(self, counters: Sequence[int], now_s: float) -> list[float]:
+    def renew(self, counters: Counters, now_s: float) -> Floats:
         """Prolong leases; seconds left of each, 0 for one that is unknown or expired."""
-        left = []
-        for counter in counters:
-            held = self.leases.leases.get(counter)
-            entry = self.rounds.get(held.round_id) if held is not None else None
-            live = entry is not None and not self.fenced(now_s)
-            lease = self.leases.renew(counter, now_s, entry.lease_s) if live and entry else None
-            left.append(lease.expires_s - now_s if lease is not None else 0.0)
+        left = np.zeros(len(counters))
+        if self.fenced(now_s):
+            return left
+        rows = self.leases.rows(counters, now_s)
+        places = np.flatnonzero(rows >= 0)
+        round_ids = self.leases.round_id[rows[places]]
+        places = places[np.isin(round_ids, list(self.rounds))]
+        if len(places):
+            live = rows[places]
+            found, inverse = np.unique(self.leases.round_id[live], return_inverse=True)
+            spans_s = np.asarray([self.rounds[item].lease_s for item in found.tolist()])
+            left[places] = self.leases.prolong(live, now_s, spans_s[inverse]) - now_s
         return left
 
-    def release(self, counters: Sequence[int], outcomes: Sequence[int], now_s: float) -> list[bool]:
+    def release(self, counters: Counters, outcomes: bytes, now_s: float) -> Bools:
         """End leases as done, declined or failed; False for one that is unknown or expired.
+
+        Args:
+            counters: uint64, length N; outcomes: one byte each.
 
         Raises:
             ConfigError: unequal lengths, or an unknown outcome; nothing was released.
         """
-        if len(counters) != len(outcomes):
-            raise ConfigError("outcomes", len(outcomes), f"{len(counters)} values")
-        if any(not 0 <= outcome <= FAILED for outcome in outcomes):
-            raise ConfigError("outcomes", max(outcomes), "0 done, 1 declined or 2 failed")
+        result = np.frombuffer(outcomes, dtype=np.uint8)
+        if len(counters) != len(result):
+            raise ConfigError("outcomes", len(result), f"{len(counters)} values")
+        if len(result) and result.max() > FAILED:
+            raise ConfigError("outcomes", int(result.max()), "0 done, 1 declined or 2 failed")
         self.tick(now_s)
-        accepted = []
-        for counter, outcome in zip(counters, outcomes):
-            lease = self.leases.release(counter, now_s)
-            accepted.append(lease is not None)
-            if lease is not None:
-                self._settle(lease, outcome == DONE)
+        rows = self.leases.rows(counters, now_s)
+        distinct, first = np.unique(rows, return_index=True)
+        first = first[distinct >= 0]
+        accepted = np.zeros(len(rows), dtype=np.bool_)
+        accepted[first] = True
+        ended = rows[first]
+        done = result[first] == DONE
+        self._settle(self.leases.round_id[ended[done]], done=True)
+        self._settle(self.leases.round_id[ended[~done]], done=False)
+        if self.plan is not None and self.plan.tiered:
+            self._profile(ended[done], now_s)
+        self.leases.drop(ended)
         return accepted
 
     def tick(self, now_s: float) -> int:
         """Count leases that ran out as failed devices; how many they were."""
         expired = self.leases.expire(now_s)
-        for lease in expired:
-            self._settle(lease, done=False)
+        self._settle(expired, done=False)
         return len(expired)
 
-    def usage(self) -> tuple[list[list[int]], dict[int, int]]:
-        """Cumulative rows ``[round, spent, done, failed, limit, version]``, check-ins by mask.
-
-        The check-ins are counted from the last call on.
-        """
+    def usage(self) -> Usage:
+        """What to report; check-ins and answers are counted from the last call on."""
         rows = [
             [item.round_id, item.spent, item.done, item.failed, item.limit, item.version]
             for item in self.rounds.values()
         ]
         counts, self.counts = self.counts, {}
-        return rows, counts
+        answers, self.answers = self.answers, {}
+        return Usage(rows, counts, answers)
 
     def _attributes(self) -> tuple[str, ...]:
         if self.plan is None:
@@ -257,12 +212,17 @@ class GatewayCore:
             np.zeros(count, dtype=np.uint64),
             np.zeros(count, dtype=np.float32),
             jittered(self.plan.retry_after_s, count, self._generator),
-            [],
         )
 
-    def _screen(self, devices: list[bytes], ids: bytes, offers: Offers, now_s: float) -> Ints:
-        """Places of the devices that may get a new lease; marks the refused ones."""
-        allowed = np.ones(len(devices), dtype=bool)
+    def _screen(
+        self, devices: list[bytes], ids: bytes, offers: Offers, now_s: float
+    ) -> tuple[Ints, Ints]:
+        """Places of the devices that may get a new lease, and of those that may hold one.
+
+        Marks the devices that are refused.
+        """
+        count = len(devices)
+        allowed = np.ones(count, dtype=np.bool_)
         if self.config.shards > 1:
             words = np.frombuffer(ids, dtype="<u8")[::2]
             wrong = words % np.uint64(self.config.shards) != self.config.shard
@@ -272,23 +232,21 @@ class GatewayCore:
             limited = self._rate_limited(devices, now_s)
             offers.slots[limited & allowed] = RATE_LIMITED
             allowed &= ~limited
-        if len(set(devices)) != len(devices):
-            first = {device: place for place, device in reversed(list(enumerate(devices)))}
+        again = np.fromiter(map(self.leases.by_device.__contains__, devices), np.bool_, count)
+        if len(set(devices)) != count:
+            first: dict[bytes, int] = {}
             for place, device in enumerate(devices):
-                if first[device] != place:
-                    allowed[place] = False
-        held = self.leases.by_device
-        if held:
-            allowed[[place for place, device in enumerate(devices) if device in held]] = False
-        return np.flatnonzero(allowed)
+                if first.setdefault(device, place) != place:
+                    again[place] = True
+        return np.flatnonzero(allowed & ~again), np.flatnonzero(allowed & again)
 
-    def _rate_limited(self, devices: list[bytes], now_s: float) -> npt.NDArray[np.bool_]:
+    def _rate_limited(self, devices: list[bytes], now_s: float) -> Bools:
         """Exact last times in two generations, so that memory stays bounded by two intervals."""
         interval_s = self.config.min_interval_s
         if now_s - self._rotated_s > interval_s:
             self._older_seen, self._last_seen = self._last_seen, {}
             self._rotated_s = now_s
-        limited = np.zeros(len(devices), dtype=bool)
+        limited = np.zeros(len(devices), dtype=np.bool_)
         recent, older, floor = self._last_seen, self._older_seen, now_s - interval_s
         for place, device in enumerate(devices):
             last = recent.get(device)
@@ -300,73 +258,133 @@ class GatewayCore:
                 recent[device] = now_s
         return limited
 
-    def _choose(self, masks: list[int], atom_of: Ints) -> Ints:
-        credits = {item.round_id: item.limit - item.spent for item in self.rounds.values()}
-        if not any(credits.values()):
+    def _choose(self, masks: list[int], atom_of: Ints, capability: Ints, now_s: float) -> Ints:
+        """Round of every device, -1 for none."""
+        if now_s >= self._next_end_s:
+            self._count_credits(now_s)
+        if not any(self._credits.values()):
             return np.full(len(atom_of), -1, dtype=np.int64)
-        return assign(atom_of, lambda atom: self._ranking(masks[atom]), credits)
+        keys = atom_of * _KINDS
+        if self.plan is not None and self.plan.tiered:
+            keys = keys + capability
 
-    def _ranking(self, mask: int) -> list[int]:
-        found = self._rankings.get(mask)
+        def ranking(key: int) -> deque[int]:
+            atom, kind = divmod(key, _KINDS)
+            return self._ranking(masks[atom], kind)
+
+        return assign(keys, ranking, self._credits)
+
+    def _count_credits(self, now_s: float) -> None:
+        """Credits of the rounds that have not ended; good until the next one ends."""
+        running = [item for item in self.rounds.values() if item.ends_s > now_s]
+        self._credits = {item.round_id: item.limit - item.spent for item in running}
+        self._next_end_s = min((item.ends_s for item in running), default=np.inf)
+
+    def _ranking(self, mask: int, capability: int) -> deque[int]:
+        """Order of the rounds; those at its head without credit are gone until the next plan."""
+        assert self.plan is not None
+        found = self._rankings.get((mask, capability))
         if found is None:
-            found = self._rankings[mask] = self._rank(mask)
+            found = deque(self.plan.ranking(mask, capability))
+            self._rankings[mask, capability] = found
+        while found and not self._credits.get(found[0]):
+            found.popleft()
         return found
 
-    def _rank(self, mask: int) -> list[int]:
-        plan = self.plan
-        assert plan is not None
-        eligible = [item for item in plan.rounds if mask >> item.group & 1]
-        if plan.flat:
-            return [item.round_id for item in eligible]
-        fallback = [group for group in plan.scarcity if mask >> group & 1]
-        groups = list(plan.atoms.get(mask, fallback))
-        by_group: dict[int, list[GatewayRound]] = {group: [] for group in groups}
-        for item in eligible:
-            by_group.setdefault(item.group, []).append(item)
-        if plan.yield_factor is None or not groups:
-            return [item.round_id for members in by_group.values() for item in members]
-        factor = dict.fromkeys(by_group, plan.yield_factor) | {groups[0]: 1.0}
-        merged = heapq.merge(*by_group.values(), key=lambda item: item.size * factor[item.group])
-        return [item.round_id for item in merged]
-
     def _lease(
-        self, device: bytes, place: int, entry: GatewayRound, offers: Offers, now_s: float
+        self,
+        devices: list[bytes],
+        places: Ints,
+        chosen: Ints,
+        capability: Ints,
+        offers: Offers,
+        now_s: float,
     ) -> None:
-        if entry.ends_s <= now_s:
+        if not len(places):
             return
-        lease = self.leases.issue(device, entry.round_id, now_s, entry.lease_s, entry.ends_s)
-        entry.spent += 1
-        self._offer(place, lease, entry, offers, now_s)
+        found, inverse, counts = np.unique(chosen, return_inverse=True, return_counts=True)
+        entries = [self.rounds[item] for item in found.tolist()]
+        for entry, count in zip(entries, counts.tolist()):
+            entry.spent += count
+        counters = self.leases.issue(
+            [devices[place] for place in places.tolist()],
+            chosen,
+            now_s,
+            np.asarray([entry.lease_s for entry in entries])[inverse],
+            np.asarray([entry.ends_s for entry in entries])[inverse],
+            capability[places],
+        )
+        rows = self.leases.rows(counters, -np.inf)
+        self._offer(places, rows, counters, entries, inverse, offers, now_s)
 
-    def _repeat(self, devices: list[bytes], offers: Offers, now_s: float) -> None:
+    def _repeat(self, devices: list[bytes], places: Ints, offers: Offers, now_s: float) -> None:
         """A device that holds a lease already gets the same one again."""
-        if not self.leases.by_device:
+        if not len(places):
             return
-        for place in np.flatnonzero(offers.slots == NO_TASK).tolist():
-            lease = self.leases.of_device(devices[place], now_s)
-            entry = self.rounds.get(lease.round_id) if lease is not None else None
-            if lease is not None and entry is not None:
-                self._offer(place, lease, entry, offers, now_s)
+        rows = self.leases.rows_of([devices[place] for place in places.tolist()], now_s)
+        known = rows >= 0
+        known[known] = np.isin(self.leases.round_id[rows[known]], list(self.rounds))
+        places, rows = places[known], rows[known]
+        if not len(places):
+            return
+        found, inverse = np.unique(self.leases.round_id[rows], return_inverse=True)
+        entries = [self.rounds[item] for item in found.tolist()]
+        counters = self.leases.counters(rows)
+        self._offer(places, rows, counters, entries, inverse, offers, now_s)
 
     def _offer(
-        self, place: int, lease: Lease, entry: GatewayRound, offers: Offers, now_s: float
+        self,
+        places: Ints,
+        rows: Ints,
+        counters: Counters,
+        entries: list[GatewayRound],
+        which: Ints,
+        offers: Offers,
+        now_s: float,
     ) -> None:
-        offers.slots[place] = entry.slot
-        offers.leases[place] = lease.counter
-        offers.expiry_s[place] = lease.expires_s - now_s
-        offers.retry_s[place] = 0.0
-        if entry not in offers.rounds:
-            offers.rounds.append(entry)
+        offers.slots[places] = np.asarray([entry.slot for entry in entries], np.int32)[which]
+        offers.leases[places] = counters
+        offers.expiry_s[places] = self.leases.expires_s[rows] - now_s
+        offers.retry_s[places] = 0.0
+        for entry in entries:
+            offers.rounds[entry.round_id] = entry
 
-    def _settle(self, lease: Lease, done: bool) -> None:
-        entry = self.rounds.get(lease.round_id)
-        if entry is not None and done:
-            entry.done += 1
-        elif entry is not None:
-            entry.failed += 1
+    def _settle(self, round_ids: Ints, done: bool) -> None:
+        found, counts = np.unique(round_ids, return_counts=True)
+        for round_id, count in zip(found.tolist(), counts.tolist()):
+            entry = self.rounds.get(round_id)
+            if entry is not None and done:
+                entry.done += count
+            elif entry is not None:
+                entry.failed += count
+
+    def _profile(self, rows: Ints, now_s: float) -> None:
+        """Note class and response time of devices that finished, for learning tiers."""
+        table = self.leases
+        for round_id, kind, issued_s in zip(
+            table.round_id[rows].tolist(),
+            table.capability[rows].tolist(),
+            table.issued_s[rows].tolist(),
+        ):
+            kept = self.answers.setdefault(round_id, [])
+            if kind != UNKNOWN and len(kept) < _KEPT_ANSWERS:
+                kept.append((kind, now_s - issued_s))
 
 
 def _floats(name: str, column: bytes) -> npt.NDArray[np.float32]:
     if len(column) % 4:
-        raise ConfigError(f"columns.{name}", len(column), "a multiple of 4 bytes (float32)")
+        raise ConfigError(name, len(column), "a multiple of 4 bytes (float32)")
     return np.frombuffer(column, dtype="<f4")
+
+
+def _capability(compute: bytes, bandwidth: bytes, count: int) -> Ints:
+    """Capability class of every device, UNKNOWN where a batch does not tell."""
+    if not compute and not bandwidth:
+        return np.full(count, UNKNOWN, dtype=np.int64)
+    columns = {"compute": _floats("compute", compute), "bandwidth": _floats("bandwidth", bandwidth)}
+    for name, column in columns.items():
+        if len(column) != count:
+            raise ConfigError(name, len(column), f"{count} values, or none in both columns")
+        if not (np.isfinite(column) & (column > 0)).all():
+            raise ConfigError(name, "a value out of range", "finite values > 0")
+    return capability_classes(columns["compute"], columns["bandwidth"])

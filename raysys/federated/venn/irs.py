@@ -58,21 +58,37 @@ class IRSConfig:
         check_range(self, "eps", 0)
         if self.yield_factor is not None:
             check_range(self, "yield_factor", 1)
-        check(self, "eps", self.eps <= 100, "a number in [0, 100]", "Larger values overflow")
+        check(self, "eps", self.eps <= 100, "a number in [0, 100]")
 
 
 @dataclass(slots=True)
 class _Group:
-    """A group while the plan is made; ``cumulative`` are sums of sizes in service order."""
+    """A group while the plan is made.
+
+    ``sums`` are running sums of sizes in service order, over all groups; the group's own are those
+    from ``first`` on, less ``before``.
+    """
 
     index: int
     count: int
-    cumulative: list[float]
+    sums: list[float]
+    first: int
+    before: float
     queue: float
     supply: float
     atoms: int
     owned: int = 0
     allocated: float = 0.0
+
+    @property
+    def demand(self) -> float:
+        """Sum of the sizes of its jobs."""
+        return self.sums[self.first + self.count - 1] - self.before
+
+    def served_within(self, demand: float) -> int:
+        """Jobs at its head whose running sum stays below ``demand``."""
+        last = self.first + self.count
+        return bisect_left(self.sums, demand + self.before, self.first, last) - self.first
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +105,7 @@ class IRS:
         """
         if len(requests) > COLUMNS_ABOVE and not self.config.eps:
             return self._plan_many(requests, supply)
-        order, sizes, groups = self._groups(requests, supply)
+        order, sizes, groups = self._groups(requests, supply, now_s)
         owner = self._split(groups, supply)
         yields = self.config.yield_factor is not None
         return GroupedPlan(
@@ -114,16 +130,15 @@ class IRS:
         rows = columns.service_order(sizes)
         present, first = np.unique(columns.group[rows], return_index=True)
         edges = [*first.tolist(), len(rows)]
-        sums = np.cumsum(sizes[rows])
+        sums = np.cumsum(sizes[rows]).tolist()
         groups, spans = [], {}
         for place, index in enumerate(present.tolist()):
             low, high = edges[place], edges[place + 1]
             spans[index] = (low, high)
             before = sums[low - 1] if low else 0.0
-            cumulative = (sums[low:high] - before).tolist()
             rate, atoms = supply.group_rates[index], supply.group_atoms[index]
             count = high - low
-            groups.append(_Group(index, count, cumulative, float(count), rate, atoms))
+            groups.append(_Group(index, count, sums, low, before, float(count), rate, atoms))
         owner = self._split(groups, supply)
         return ColumnPlan(
             rows,
@@ -160,7 +175,9 @@ class IRS:
                 owner[atom] = group.index
         return owner
 
-    def demand_of(self, request: Request, supply: SupplyView, competitors: int) -> float:
+    def demand_of(
+        self, request: Request, supply: SupplyView, competitors: int, now_s: float
+    ) -> float:
         """Demand that the order compares: scope of the config, times the fairness factor."""
         scope = self.config.demand_scope
         if scope == "round":
@@ -171,16 +188,16 @@ class IRS:
             weight = self.config.blend
             demand = request.remaining ** (1 - weight) * request.total_remaining() ** weight
         if self.config.eps:
-            demand *= request_factor(request, supply, competitors, self.config.eps)
+            demand *= request_factor(request, supply, competitors, self.config.eps, now_s)
         return demand
 
     def _groups(
-        self, requests: Sequence[Request], supply: SupplyView
+        self, requests: Sequence[Request], supply: SupplyView, now_s: float
     ) -> tuple[dict[int, list[Request]], dict[int, float], list[_Group]]:
         """Step 1: requests of every group in service order, sizes by job, and the groups."""
         waiting = [request for request in requests if request.remaining > 0]
         competitors = len(waiting)
-        sizes = {item.job: self.demand_of(item, supply, competitors) for item in waiting}
+        sizes = {item.job: self.demand_of(item, supply, competitors, now_s) for item in waiting}
         waiting.sort(key=lambda item: (sizes[item.job], item.opened_s, item.job))
         order: dict[int, list[Request]] = {}
         for request in waiting:
@@ -189,10 +206,10 @@ class IRS:
         for index, members in sorted(order.items()):
             queue = float(len(members))
             if self.config.eps:
-                queue *= queue_factor(members, supply, competitors, self.config.eps)
+                queue *= queue_factor(members, supply, competitors, self.config.eps, now_s)
             sums = list(accumulate(sizes[item.job] for item in members))
             rate, atoms = supply.group_rates[index], supply.group_atoms[index]
-            found.append(_Group(index, len(members), sums, queue, rate, atoms))
+            found.append(_Group(index, len(members), sums, 0, 0.0, queue, rate, atoms))
         return order, sizes, found
 
     def _exchange(self, abundant_first: list[_Group], supply: SupplyView) -> None:
@@ -217,13 +234,13 @@ class IRS:
         would be served sooner than that are delayed (at least one, so that a queue never counts as
         empty).
         """
-        if self.config.affected == "length" or not scarce.cumulative:
+        if self.config.affected == "length":
             return group.queue
-        wait_s = scarce.cumulative[-1] / max(scarce.allocated, TINY_RATE)
+        wait_s = scarce.demand / max(scarce.allocated, TINY_RATE)
         limit = wait_s * group.allocated
-        if group.cumulative[-1] <= limit:
+        if group.demand <= limit:
             return group.queue
-        delayed = max(bisect_left(group.cumulative, limit), 1)
+        delayed = max(group.served_within(limit), 1)
         return group.queue * delayed / group.count
 
 
@@ -237,12 +254,12 @@ def _first_split(scarce_first: list[_Group], supply: SupplyView) -> None:
     for group in scarce_first:
         group.owned = group.atoms & ~taken
         taken |= group.atoms
-        group.allocated = sum(supply.rates[atom] for atom in _bits(group.owned))
+        group.allocated = _rate(group.owned, supply.rates)
 
 
 def _move(take: int, scarce: _Group, group: _Group, supply: SupplyView) -> None:
     """Give the atoms ``take`` of ``scarce`` to ``group``, which inherits the jobs that now wait."""
-    rate = sum(supply.rates[atom] for atom in _bits(take))
+    rate = _rate(take, supply.rates)
     before = scarce.allocated
     scarce.owned &= ~take
     scarce.allocated = max(before - rate, 0.0) if scarce.owned else 0.0
@@ -250,6 +267,16 @@ def _move(take: int, scarce: _Group, group: _Group, supply: SupplyView) -> None:
     group.allocated += rate
     lost = min(rate / before, 1.0) if before > 0 else 1.0
     group.queue += scarce.queue * lost
+
+
+def _rate(atoms: int, rates: Sequence[float]) -> float:
+    """Summed rate of a bitset of atoms."""
+    total = 0.0
+    while atoms:
+        low = atoms & -atoms
+        total += rates[low.bit_length() - 1]
+        atoms ^= low
+    return total
 
 
 def _bits(bitset: int) -> list[int]:

@@ -32,7 +32,6 @@ class Request:
         response_s: estimate of the response collection time.
         classes: bitset of capability classes that this round accepts; -1 means all.
         attempt: serial number of the request within its job; a new attempt is a new request.
-        attained: devices that the job was given so far, over all rounds.
     """
 
     job: int
@@ -47,7 +46,10 @@ class Request:
     response_s: float = 0.0
     classes: int = ALL_CLASSES
     attempt: int = 0
-    attained: int = 0
+
+    def attained(self) -> int:
+        """Devices of its finished rounds: the service that counted."""
+        return self.rounds_done * self.demand
 
     def total_remaining(self) -> int:
         """Devices needed over this and all coming rounds."""

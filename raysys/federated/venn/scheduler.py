@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from pydantic import TypeAdapter
 
 from raysys.errors import ConfigError, DataError, InfeasibleError
 from raysys.federated.venn import baselines
+from raysys.federated.venn.capability import CLASSES
 from raysys.federated.venn.irs import IRS, IRSConfig
-from raysys.federated.venn.requests import Policy
+from raysys.federated.venn.requests import Policy, Request
 from raysys.federated.venn.requirements import Requirement
 from raysys.federated.venn.scheduler_plans import (
     SUPPLY_PATIENCE_S,
@@ -35,6 +37,7 @@ from raysys.federated.venn.scheduler_state import (
     ServiceConfig,
 )
 from raysys.federated.venn.scheduler_usage import bury, join, report
+from raysys.federated.venn.tiers import TieredPolicy, TierMatcher
 
 Command = Mapping[str, Any]
 Reply = dict[str, Any]
@@ -45,6 +48,7 @@ POLICIES: dict[str, Callable[[float], Policy]] = {
     "irs-total": lambda eps: IRS(IRSConfig(demand_scope="total", eps=eps)),
     "irs-yield": lambda eps: IRS(IRSConfig(demand_scope="total", eps=eps, yield_factor=2.0)),
     "random": lambda eps: baselines.random_per_request(),
+    "round-robin": lambda eps: baselines.round_robin(),
     "fifo": lambda eps: baselines.fifo(),
     "srsf": lambda eps: baselines.srsf(),
     "srsf-total": lambda eps: baselines.srsf_total(),
@@ -62,6 +66,7 @@ class SchedulerCore:
     merged_atoms: int = 0
     rounds: dict[int, JobState] = field(default_factory=dict)
     policy: Policy = field(default_factory=IRS)
+    matcher: TierMatcher = field(default_factory=TierMatcher)
 
     def __post_init__(self) -> None:
         if self.config.policy not in POLICIES:
@@ -70,6 +75,10 @@ class SchedulerCore:
         self.policy = POLICIES[self.config.policy](self.config.eps)
         self.state.supply.config = self.config.supply
         self._index()
+
+    def tiered(self) -> Policy:
+        """The policy, with tier matching where it is on."""
+        return self.policy if self.config.tiers == 1 else TieredPolicy(self.policy, self.matcher)
 
     def apply(self, command: Command) -> Reply:
         """Carry out one command ``{"op": ..., "now": seconds, ...}``.
@@ -84,6 +93,7 @@ class SchedulerCore:
 
     def dump(self) -> str:
         """The state as JSON."""
+        self.state.tiers = self.matcher.state_dict()
         return _STATE.dump_json(self.state).decode()
 
     def load(self, text: str) -> None:
@@ -97,6 +107,7 @@ class SchedulerCore:
         except ValueError as error:
             reason = f"not a snapshot of this version ({str(error).splitlines()[0]})"
             raise DataError("snapshot", reason, "Remove it; the log alone suffices") from error
+        self.state.supply.config = self.config.supply
         self._index()
 
     # ------------------------------------------------------------------ jobs
@@ -174,6 +185,7 @@ class SchedulerCore:
         )
         state.next_round += 1
         self.rounds[job.open.round_id] = job
+        self.matcher.deadlines_s[job.slot] = deadline_s
         state.dirty = True
         return {
             "round_id": job.open.round_id,
@@ -215,10 +227,20 @@ class SchedulerCore:
             job.attempts = 0
             if response_s:
                 job.response_s = 0.7 * job.response_s + 0.3 * response_s
+            self._learn(job, opened)
         else:
             job.rounds_aborted += 1
         self._leave_round(job)
         return {}
+
+    def _learn(self, job: JobState, opened: RoundState) -> None:
+        """What a successful round taught about the job's devices (tier matching)."""
+        if not opened.answers or not opened.filled_s:
+            return
+        kinds, times = zip(*opened.answers)
+        request = Request(job.slot, job.group, opened.demand, 0, attempt=opened.round_id)
+        fill_s = opened.filled_s - opened.opened_s
+        self.matcher.observe(request, fill_s, np.asarray(kinds), np.asarray(times))
 
     def _finish(self, command: Command) -> Reply:
         job = self.job(command)
@@ -233,6 +255,7 @@ class SchedulerCore:
 
     def _remove(self, job: JobState, reason: str) -> None:
         self._leave_round(job)
+        self.matcher.forget(job.slot)
         del self.state.jobs[job.job_id]
         self.events.append((job.job_id, {"kind": "GONE", "reason": reason}))
 
@@ -247,7 +270,6 @@ class SchedulerCore:
         self.state.dirty = True
         self.events.append((job.job_id, {"kind": "CLOSED", "round_id": opened.round_id}))
 
-    # ------------------------------------------------------------------ gateways
     # ------------------------------------------------------------------ time and plans
 
     def _tick(self, command: Command) -> Reply:
@@ -312,6 +334,12 @@ class SchedulerCore:
         self.state.dirty = True
         return {"epoch": self.state.epoch}
 
+    def state_of(self, round_id: int) -> RoundState:
+        """An open round by its id."""
+        opened = self.rounds[round_id].open
+        assert opened is not None
+        return opened
+
     def job(self, command: Command) -> JobState:
         job = self.state.jobs.get(str(command["job_id"]))
         if job is None:
@@ -328,6 +356,8 @@ class SchedulerCore:
         return job, job.open
 
     def _index(self) -> None:
+        self.matcher = TierMatcher(self.config.tiers, CLASSES, self.state.seed)
+        self.matcher.load_state_dict(self.state.tiers)
         self.rounds = {
             job.open.round_id: job for job in self.state.jobs.values() if job.open is not None
         }

@@ -30,7 +30,9 @@ def make_plan(core: SchedulerCore, command: Command) -> Reply:
     view = supply_view(core, now_s)
     requests = [_request(core, job) for job in core.rounds.values() if job.open]
     waiting = [request for request in requests if request.remaining > 0]
-    plan = core.policy.plan(waiting, view, now_s)
+    plan = core.tiered().plan(waiting, view, now_s)
+    for request in waiting:
+        core.state_of(request.attempt).classes = request.classes
     if isinstance(plan, GroupedPlan):
         state.order = [item.job for order in plan.order.values() for item in order]
         state.atoms = [(mask, list(plan.groups(atom))) for atom, mask in enumerate(view.masks)]
@@ -183,5 +185,6 @@ def _request(core: SchedulerCore, job: JobState) -> Request:
         registered_s=job.registered_s,
         priority=draw_priority(core.state.seed, job.slot, opened.round_id),
         response_s=job.response_s,
-        attained=job.assigned + opened.spent,
+        classes=opened.classes,
+        attempt=opened.round_id,
     )

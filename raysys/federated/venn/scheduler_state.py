@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from raysys.config import check, check_range
+from raysys.federated.venn.capability import CLASSES
 from raysys.federated.venn.credits import Grant
+from raysys.federated.venn.requests import ALL_CLASSES
 from raysys.federated.venn.requirements import Requirement, Schema
 from raysys.federated.venn.supply import SupplyConfig, SupplyEstimator
 
@@ -22,6 +25,7 @@ class ServiceConfig:
         supply: estimator of the rates.
         policy: name in :data:`raysys.federated.venn.scheduler.POLICIES`.
         eps: starvation knob of the IRS policies.
+        tiers: tiers of tier matching, for devices that tell their speed; 1 switches it off.
         report_interval_s: gateways report this often.
         gateway_timeout_s: a gateway silent for so long is dead.
         fence_s: a gateway that hears nothing stops by itself after this time (the same value in
@@ -35,6 +39,7 @@ class ServiceConfig:
     supply: SupplyConfig = field(default_factory=SupplyConfig)
     policy: str = "irs-yield"
     eps: float = 0.0
+    tiers: int = 1
     report_interval_s: float = 0.1
     gateway_timeout_s: float = 3.0
     fence_s: float = 10.0
@@ -46,6 +51,7 @@ class ServiceConfig:
 
     def __post_init__(self) -> None:
         check_range(self, "eps", 0)
+        check_range(self, "tiers", 1, CLASSES)
         check_range(self, "report_interval_s", 0, low_open=True)
         check_range(self, "gateway_timeout_s", self.report_interval_s, low_open=True)
         check_range(self, "fence_s", 0, low_open=True)
@@ -60,8 +66,10 @@ class ServiceConfig:
 class RoundState:
     """One open round; ``extra`` counts devices that the job asked for on top.
 
-    ``lost`` are ceilings and live leases of dead gateways: they stay charged until ``returns`` says
-    that the leases behind them have run out.
+    ``classes`` are the capability classes that it accepts; ``answers`` holds class and response
+    time of devices that finished, as far as they were profiled. ``lost`` are ceilings and live
+    leases of dead gateways: they stay charged until ``returns`` says that the leases behind them
+    have run out.
     """
 
     round_id: int
@@ -81,6 +89,9 @@ class RoundState:
     settled_failed: int = 0
     lost: int = 0
     returns: list[tuple[float, int, int]] = field(default_factory=list)
+    classes: int = ALL_CLASSES
+    filled_s: float = 0.0
+    answers: list[tuple[int, float]] = field(default_factory=list)
 
     @property
     def allowed(self) -> int:
@@ -165,4 +176,5 @@ class SchedulerState:
     sizes: dict[int, float] = field(default_factory=dict)
     yield_factor: float | None = None
     retry_after_s: float = 900.0
+    tiers: dict[str, Any] = field(default_factory=dict)
     dirty: bool = False

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Command = Mapping[str, Any]
 Reply = dict[str, Any]
+KEPT_ANSWERS = 512
 
 
 def join(core: SchedulerCore, command: Command) -> Reply:
@@ -48,6 +49,8 @@ def report(core: SchedulerCore, command: Command) -> Reply:
     if any(mask >> groups for mask in counts):
         raise ConfigError("checkins.mask", max(counts), f"bits of the {groups} known groups")
     gateway.sequence = sequence
+    for round_id, kinds, times in command.get("answers", ()):
+        _profile(core, int(round_id), kinds, times)
     gateway.recent = gateway.recent_at(now_s) + sum(counts.values())
     gateway.counted_s = now_s
     if counts:
@@ -55,8 +58,17 @@ def report(core: SchedulerCore, command: Command) -> Reply:
         _notice_atoms(core, counts)
     for entry in checked:
         if entry is not None:
-            _book(core, name, *entry)
+            _book(core, name, *entry, now_s)
     return {}
+
+
+def _profile(core: SchedulerCore, round_id: int, kinds: Any, times: Any) -> None:
+    """Keep class and response time of finished devices until the round closes."""
+    job = core.rounds.get(round_id)
+    if job is not None and job.open is not None and core.matcher.tiers > 1:
+        room = KEPT_ANSWERS - len(job.open.answers)
+        pairs = [(int(kind), float(time_s)) for kind, time_s in zip(kinds, times)]
+        job.open.answers += pairs[: max(room, 0)]
 
 
 def _checked(core: SchedulerCore, name: str, usage: Any) -> tuple[JobState, list[int]] | None:
@@ -75,23 +87,24 @@ def _checked(core: SchedulerCore, name: str, usage: Any) -> tuple[JobState, list
     return job, row
 
 
-def _book(core: SchedulerCore, name: str, job: JobState, row: list[int]) -> None:
+def _book(core: SchedulerCore, name: str, job: JobState, row: list[int], now_s: float) -> None:
     opened = job.open
     assert opened is not None
     grant = opened.grants[name]
     before = (grant.spent, grant.failed, grant.ceiling)
     grant.confirm(*row)
     if (grant.spent, grant.failed) != before[:2]:
-        _tell_progress(core, job, opened)
+        _tell_progress(core, job, opened, now_s)
     if grant.failed != before[1] or grant.ceiling != before[2]:
         core.state.dirty = True
 
 
-def _tell_progress(core: SchedulerCore, job: JobState, opened: RoundState) -> None:
+def _tell_progress(core: SchedulerCore, job: JobState, opened: RoundState, now_s: float) -> None:
     filled = opened.remaining == 0
     kind = "FILLED" if filled and not opened.filled else "ASSIGNED"
     if filled != opened.filled:
         opened.filled = filled
+        opened.filled_s = opened.filled_s or now_s
         core.state.dirty = True
     details = {"round_id": opened.round_id, "assigned": opened.spent, "failed": opened.failed}
     core.events.append((job.job_id, {"kind": kind, **details}))

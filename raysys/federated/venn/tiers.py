@@ -14,7 +14,7 @@ times are kept instead of a digest; and estimates from restricted rounds are sca
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +86,11 @@ class TierProfile:
             self._responses = _latest(self._responses, responses[answered])
         self.scheduling_s = _blend(self.scheduling_s, fill_s)
         self.response_s = _blend(self.response_s, tail_s)
+
+    def state(self) -> list[Any]:
+        """The fields as plain values."""
+        kinds, times = self._classes.tolist(), self._responses.tolist()
+        return [self.scheduling_s, self.response_s, kinds, times]
 
     def bounds(self, tiers: int) -> list[int]:
         """First class of tiers 2..V: quantiles of the classes of earlier devices."""
@@ -171,7 +176,27 @@ class TierMatcher:
     def forget(self, job: int) -> None:
         """Drop what is known about a job that left."""
         self.profiles.pop(job, None)
+        self.deadlines_s.pop(job, None)
         self._decided.pop(job, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned and decided, as plain JSON-ready values."""
+        return {
+            "profiles": [[job, *profile.state()] for job, profile in self.profiles.items()],
+            "deadlines_s": [[job, limit_s] for job, limit_s in self.deadlines_s.items()],
+            "decided": [[job, *decided] for job, decided in self._decided.items()],
+            "restricted": self.restricted,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state of :meth:`state_dict`; an empty one clears everything."""
+        self.profiles = {
+            int(job): TierProfile(fill_s, tail_s, np.asarray(kinds, np.int64), np.asarray(times))
+            for job, fill_s, tail_s, kinds, times in state.get("profiles", ())
+        }
+        self.deadlines_s = {int(job): float(value) for job, value in state.get("deadlines_s", ())}
+        self._decided = {int(job): tuple(rest) for job, *rest in state.get("decided", ())}
+        self.restricted = int(state.get("restricted", 0))
 
 
 @dataclass(slots=True)

@@ -154,23 +154,42 @@ def test_grant_ceiling_falls_only_when_confirmed() -> None:
             grant.confirm(*bad, 7, grant.version)
 
 
+def device(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
 def test_leases_expire_renew_and_release() -> None:
     table = LeaseTable()
-    first = table.issue(b"a", 1, 100.0, 10.0, 1000.0)
-    second = table.issue(b"b", 1, 100.0, 10.0, 105.5)
-    assert (first.expires_s, second.expires_s) == (110.0, 105.5)
-    with pytest.raises(ConfigError, match="device"):
-        table.issue(b"a", 1, 101.0, 10.0, 1000.0)
-    assert table.expire(105.2) == []
-    assert table.expire(105.9) == [second]
-    renewed = table.renew(first.counter, 109.0, 10.0)
-    assert renewed is not None
-    assert renewed.expires_s == 119.0
-    assert table.expire(115.0) == []
-    assert table.release(first.counter, 118.0) == first
-    assert table.release(first.counter, 118.0) is None
-    assert table.renew(second.counter, 118.0, 10.0) is None
-    assert table.expire(10_000.0) == []
+    counters = table.issue([device(1), device(2)], [1, 2], 100.0, 10.0, [1000.0, 105.5])
+    rows = table.rows(counters, 100.0)
+    assert table.expires_s[rows].tolist() == [110.0, 105.5]
+    for again in ([device(1)], [device(3), device(3)]):
+        with pytest.raises(ConfigError, match="device"):
+            table.issue(again, 1, 101.0, 10.0, 1000.0)
+    assert table.expire(105.2).tolist() == []
+    assert table.expire(105.9).tolist() == [2]
+    assert table.rows(counters, 106.0).tolist() == [rows[0], -1]
+    assert table.rows_of([device(1), device(2)], 106.0).tolist() == [rows[0], -1]
+    assert table.prolong(rows[:1], 109.0, 10.0).tolist() == [119.0]
+    assert table.prolong(rows[:1], 109.0, 5.0).tolist() == [119.0]  # never shorter
+    assert table.expire(115.0).tolist() == []
+    table.drop(table.rows(counters[:1], 118.0))
+    assert len(table) == 0
+    assert table.rows(counters, 118.0).tolist() == [-1, -1]
+    assert table.expire(10_000.0).tolist() == []
+
+
+def test_lease_rows_are_used_again_and_counters_never() -> None:
+    table, seen = LeaseTable(), set()
+    for step in range(5):
+        devices = [device(1500 * step + i) for i in range(1500)]
+        counters = table.issue(devices, step, float(step), 0.5, 1e9)
+        assert seen.isdisjoint(counters.tolist())
+        seen.update(counters.tolist())
+        assert table.expire(step + 0.75).tolist() == [step] * 1500
+    assert len(table.live) == 2048
+    foreign = np.asarray([2**63 + 5, 2**32 - 1], dtype=np.uint64)
+    assert table.rows(foreign, 0.0).tolist() == [-1, -1]
 
 
 @settings(max_examples=60)
@@ -179,22 +198,23 @@ def test_leases_expire_renew_and_release() -> None:
         st.tuples(st.sampled_from(["issue", "renew", "tick"]), st.floats(0.01, 30)), max_size=60
     )
 )
-def test_timing_wheel_equals_a_plain_list(steps: list[tuple[str, float]]) -> None:
+def test_lease_heap_equals_a_plain_list(steps: list[tuple[str, float]]) -> None:
     table, truth, now_s = LeaseTable(), {}, 5.0
     for number, (action, amount) in enumerate(steps):
         if action == "issue":
-            lease = table.issue(str(number).encode(), 0, now_s, amount, 1e9)
-            truth[lease.counter] = lease.expires_s
+            table.issue([device(number)], number, now_s, amount, 1e9)
+            truth[number] = now_s + amount
         elif action == "renew" and truth:
-            counter = min(truth)
-            if table.renew(counter, now_s, amount) is not None:
-                truth[counter] = max(truth[counter], now_s + amount)
+            oldest = min(truth)
+            row = table.rows_of([device(oldest)], now_s)
+            if row[0] >= 0:
+                table.prolong(row, now_s, amount)
+                truth[oldest] = max(truth[oldest], now_s + amount)
         else:
             now_s += amount
-            due = {counter for counter, end_s in truth.items() if end_s <= now_s}
-            assert {lease.counter for lease in table.expire(now_s)} == due
-            for counter in due:
-                del truth[counter]
+            due = {number for number, end_s in truth.items() if end_s <= now_s}
+            assert set(table.expire(now_s).tolist()) == due
+            truth = {key: end_s for key, end_s in truth.items() if key not in due}
 
 
 @given(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from raysys.errors import ConfigError
 from raysys.federated.venn import baselines
 from raysys.federated.venn.columns import RequestColumns
+from raysys.federated.venn.fairness import elapsed_s, time_alone_s
 from raysys.federated.venn.irs import IRS, IRSConfig
 from raysys.federated.venn.requests import Policy, Request
 from raysys.federated.venn.supply import SupplyView
@@ -191,29 +192,35 @@ def test_numpy_order_equals_python_order() -> None:
         assert order == sorted(mine, key=lambda item: (item.remaining, item.opened_s, item.job))
 
 
-def test_large_eps_puts_the_least_served_first() -> None:
+def test_large_eps_puts_the_latest_against_its_fair_share_first() -> None:
     requests = [request(job, 0, 1 + job, rounds=10) for job in range(4)]
-    for item, done in zip(requests, (5, 3, 1, 2)):
-        item.rounds_done = done
+    for item, registered_s in zip(requests, (900.0, 700.0, 0.0, 100.0)):
+        item.registered_s = registered_s
     view = SupplyView.build((1,), (1.0,), 1)
-    plan = IRS(IRSConfig(eps=50)).plan(requests, view, 0)
-    assert next(plan.ranking(0)).job == 2
+    late = {item.job: elapsed_s(item, view, 1000) / time_alone_s(item, view) for item in requests}
+    plan = IRS(IRSConfig(eps=50)).plan(requests, view, 1000)
+    order = [item.job for item in plan.ranking(0)]
+    assert order == sorted(late, key=lambda job: -late[job])
+    assert order != [item.job for item in IRS().plan(requests, view, 1000).ranking(0)]
+    extreme = IRS(IRSConfig(eps=100)).plan(requests, view, 1e12)  # equal waits: the smallest
+    assert next(extreme.ranking(0)).job == 0
 
 
 @pytest.mark.parametrize("eps", [0.5, 1.0, 2.0, 4.0])
-def test_under_served_group_gains_queue(eps: float) -> None:
+def test_a_late_group_gains_queue(eps: float) -> None:
     view = SupplyView.build((0b01, 0b11), (1.0, 1.0), 2)
-    served = [request(job, 1, 10, rounds=10, rounds_done=9) for job in range(3)]
-    starving = [request(job, 0, 10, rounds=10, rounds_done=1) for job in range(3, 6)]
-    pure = IRS(IRSConfig()).plan([*served, *starving], view, 0)
-    fair = IRS(IRSConfig(eps=eps)).plan([*served, *starving], view, 0)
+    young = [request(job, 1, 10, rounds=10) for job in range(3)]
+    late = [request(job, 0, 10, rounds=10) for job in range(3, 6)]
+    for item in young:
+        item.registered_s = 5000.0
+    pure = IRS(IRSConfig()).plan([*young, *late], view, 10_000)
+    fair = IRS(IRSConfig(eps=eps)).plan([*young, *late], view, 10_000)
     assert pure.owner == [0, 1]
     assert fair.owner == [0, 0]
 
 
 def test_least_attained_and_round_robin_and_fifo_orders() -> None:
-    requests = [request(job, 0, 5) for job in range(3)]
-    requests[0].attained, requests[1].attained, requests[2].attained = 9, 1, 4
+    requests = [request(job, 0, demand) for job, demand in enumerate((9, 1, 4))]
     requests[0].rounds_done, requests[1].rounds_done, requests[2].rounds_done = 1, 2, 0
     requests[0].registered_s, requests[1].registered_s, requests[2].registered_s = 5.0, 2.0, 3.0
     view = SupplyView.build((1,), (1.0,), 1)
@@ -221,7 +228,7 @@ def test_least_attained_and_round_robin_and_fifo_orders() -> None:
     def order(policy: Policy) -> list[int]:
         return [item.job for item in policy.plan(requests, view, 0).ranking(0)]
 
-    assert order(baselines.least_attained()) == [1, 2, 0]
+    assert order(baselines.least_attained()) == [2, 1, 0]
     assert order(baselines.round_robin()) == [2, 0, 1]
     assert order(baselines.fifo()) == [1, 2, 0]
 

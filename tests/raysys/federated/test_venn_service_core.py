@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from raysys.errors import ConfigError, DataError, RaysysError
-from raysys.federated.venn.gateway import GatewayConfig, GatewayCore, GatewayPlan, GatewayRound
+from raysys.federated.venn.gateway import GatewayCore
+from raysys.federated.venn.gateway_plan import GatewayConfig, GatewayPlan, GatewayRound
 from raysys.federated.venn.scheduler import SchedulerCore
 from raysys.federated.venn.scheduler_state import ServiceConfig
 
@@ -159,7 +160,7 @@ class ServiceMachine(RuleBasedStateMachine):
         columns = np.asarray([VALUES[kind] for kind in kinds], dtype="<f4").T
         identities = b"".join(number.to_bytes(16, "big") for number in numbers)
         offers = gateway.check_in(identities, [column.tobytes() for column in columns], self.now_s)
-        slots = {item.slot: item for item in offers.rounds}
+        slots = {item.slot: item for item in offers.rounds.values()}
         for place, kind in enumerate(kinds):
             slot = int(offers.slots[place])
             if slot < 0:
@@ -181,7 +182,8 @@ class ServiceMachine(RuleBasedStateMachine):
             if key[0] == gateway.incarnation and value[1] > self.now_s
         ]
         some = live[: int(share * len(live))]
-        accepted = gateway.release([key[1] for key in some], [outcome] * len(some), self.now_s)
+        counters = np.asarray([key[1] for key in some], dtype=np.uint64)
+        accepted = gateway.release(counters, bytes([outcome] * len(some)), self.now_s)
         for key, was in zip(some, accepted):
             if was:
                 round_id, _ = self.held.pop(key)
@@ -196,14 +198,18 @@ class ServiceMachine(RuleBasedStateMachine):
         if known is None or known.incarnation != gateway.incarnation:
             self.join(name)  # declared dead: it comes back as a new incarnation
             return
-        rows, counts = gateway.usage()
+        usage = gateway.usage()
         self.sequence[name] += 1
         message = {
             "gateway": name,
             "incarnation": gateway.incarnation,
             "sequence": self.sequence[name],
-            "rounds": rows,
-            "checkins": list(counts.items()),
+            "rounds": usage.rounds,
+            "checkins": list(usage.checkins.items()),
+            "answers": [
+                [round_id, [kind for kind, _ in pairs], [time_s for _, time_s in pairs]]
+                for round_id, pairs in usage.answers.items()
+            ],
         }
         self.commit(op="report", **message)
         before = self.core.dump()

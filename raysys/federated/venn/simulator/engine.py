@@ -167,7 +167,6 @@ class _Engine:
             count = self.world.trace.count_before(segment.rows, position) - segment.first
             wanted = run.request.demand if run.job.kind == "sync" else run.pending
             run.request.remaining = wanted - run.taken - count
-            run.request.attained = run.result.assigned + count
 
     def _streams(self, plan: Plan) -> dict[int, int]:
         """Bitset of streams for every request that some device would go to now."""
@@ -274,7 +273,6 @@ class _Engine:
                 return
         self.world.waiting[run.index] = run.request
         run.request.remaining = run.pending - run.taken
-        run.request.attained = run.result.assigned
 
 
 def _slice(rows: Ints, first: int, last: int, period_rows: int) -> Ints:

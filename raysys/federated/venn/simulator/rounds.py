@@ -76,7 +76,6 @@ class Run:
         self.answers.append(answers)
         self.taken += count
         self.result.assigned += count
-        self.request.attained = self.result.assigned
         self.result.failed += int(np.count_nonzero(np.isinf(answers)))
 
     def device_returned(self, now_s: float, answered: bool) -> bool:

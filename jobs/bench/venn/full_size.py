@@ -1,6 +1,6 @@
 """One full-size simulation in a process of its own, so that its time and memory are its own.
 
-``python -m jobs.bench.venn_full JOBS`` prints a JSON line.
+``python -m jobs.bench.venn.full_size JOBS`` prints a JSON line.
 """
 
 from __future__ import annotations
