@@ -1,0 +1,1 @@
+"""Auxo: cohorts of similar clients, found while training (Liu et al., SoCC 2023)."""

@@ -1,0 +1,398 @@
+"""The Auxo strategy: one model line per cohort, and cohorts that split while they train.
+
+"Auxo: Efficient Federated Learning via Scalable Client Clustering" (Liu et al., SoCC 2023). Clients
+do no extra work: the server reads sketches of the updates that it gets anyway and the losses. Where
+we differ is a switch in :class:`~raysys.federated.auxo.config.RuleConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raysys.errors import ConfigError
+from raysys.federated.auxo.affinity import AffinityRecord, AffinityTable
+from raysys.federated.auxo.cohort import Cohort, SplitReport
+from raysys.federated.auxo.config import AuxoConfig
+from raysys.federated.auxo.observer import Observer
+from raysys.federated.auxo.parts import averaged, plain, strip, subset
+from raysys.federated.auxo.placement import DECLINED, Quotas, make_quotas, rank_leaves
+from raysys.federated.auxo.tree import ROOT, CohortTree
+from raysys.federated.core.aggregation import ModelSum
+from raysys.federated.core.local import LocalConfig
+from raysys.federated.core.messages import FeedbackSpec, IntArray
+from raysys.federated.core.model import FlatWeights, ModelSpec
+from raysys.federated.core.randomness import Purpose, hashed
+from raysys.federated.core.strategy import (
+    Assignment,
+    Demand,
+    JobFacts,
+    RoundReport,
+    StateArrays,
+    Strategy,
+)
+
+STRIDE = 1 << 12
+TRIAL = STRIDE >> 1
+
+
+class Auxo:
+    """Cohorts over any strategy.
+
+    Args:
+        config: thresholds and rules. clients_per_round: answers wanted, over all cohorts.
+        make_inner: builds one model line (FedAvg with any server, an ensemble, a family); called
+            once per cohort. It must not use control variates.
+    """
+
+    def __init__(
+        self, config: AuxoConfig, clients_per_round: int, make_inner: Callable[[], Strategy]
+    ) -> None:
+        config.check_budget(clients_per_round)
+        self.config = config
+        self.clients_per_round = clients_per_round
+        self.tree = CohortTree()
+        self.cohorts_by_number: dict[int, Cohort] = {}
+        self.events: list[dict[str, Any]] = []
+        self.wasted = 0
+        self.explored = 0
+        self.frozen = False
+        self._make_inner = make_inner
+        self._table: AffinityTable | None = None
+        self._facts: JobFacts | None = None
+        self._quotas = Quotas({}, 0, 0)
+        self._placed: dict[int, tuple[int, int, bool]] = {}
+        self._sums: dict[int, ModelSum] = {}
+        self._reports: dict[int, SplitReport] = {}
+        self._active: dict[int, float] = {}
+        root = make_inner()
+        if root.feedback_spec().controls:
+            raise ConfigError("inner", "SCAFFOLD", "a line without control variates inside Auxo")
+        self._add_cohort(ROOT, root, 0)
+
+    @property
+    def table(self) -> AffinityTable:
+        """The affinity records, once the job has started."""
+        if self._table is None:
+            raise ConfigError("strategy", "not started", "start() before use")
+        return self._table
+
+    def start(self, facts: JobFacts) -> None:
+        """Start the root cohort, or every restored one."""
+        self._facts = facts
+        self._table = AffinityTable(facts.population.n_clients, self.config.max_records)
+        for cohort in self.cohorts_by_number.values():
+            cohort.line.start(facts)
+
+    def demand(self, round_id: int) -> list[Demand]:
+        """One stream for all cohorts, and spare offers where small cohorts need them."""
+        self._placed.clear()
+        self._sums.clear()
+        needs = [d for leaf in self.tree.leaves for d in self._line(leaf).demand(round_id)]
+        n = self._started().population.n_clients
+        self._active = self.members()
+        self._quotas = make_quotas(
+            self._active, self.clients_per_round, self.config.p_min, self.config.budget, n
+        )
+        weakest = min(needs, key=lambda d: d.min_mac_s)
+        return [
+            Demand(
+                clients=self.clients_per_round,
+                min_mac_s=weakest.min_mac_s,
+                min_memory_bytes=weakest.min_memory_bytes,
+                spare=self._quotas.offers - self.clients_per_round,
+            )
+        ]
+
+    def assign(self, round_id: int, clients: IntArray) -> list[Assignment]:
+        """Place devices by affinity; one that no leaf has room for is declined."""
+        clients = self._shuffled(round_id, clients)
+        leaves = np.array(self.tree.leaves, dtype=np.int64)
+        first, second, gap, member = self._preferences(round_id, clients, leaves)
+        parts: dict[tuple[int, bool], list[int]] = {}
+        for place, client in enumerate(clients.tolist()):
+            options = int(leaves[first[place]]), int(leaves[second[place]])
+            leaf = self._quotas.take(*options, float(gap[place]))
+            if leaf == DECLINED:
+                continue
+            trial = not member[place, int(np.searchsorted(leaves, leaf))]
+            trial = trial and self.config.rules.probation
+            parts.setdefault((leaf, trial), []).append(client)
+        return [a for key in sorted(parts) for a in self._to_line(round_id, *key, parts[key])]
+
+    def place(self, record: AffinityRecord, client: int = 0, round_id: int = 0) -> int:
+        """Leaf that a device with this record belongs to; a newcomer's is drawn at random."""
+        leaves = self.tree.leaves
+        rewards = {e.cohort: e.reward for e in record.entries if np.isfinite(e.reward)}
+        labels = np.full(len(self.tree.nodes), -1, dtype=np.int64)
+        for entry in record.entries:
+            if 0 <= entry.cohort < len(labels):
+                labels[entry.cohort] = entry.label
+        draw = int(hashed(self._started().seed, Purpose.SCHEDULE, round_id, client) >> np.uint64(1))
+        known = [leaf for leaf in leaves if leaf in rewards]
+        if known:
+            return max(known, key=lambda leaf: rewards[leaf])
+        wanted = max(rewards, key=lambda c: rewards[c]) if rewards else ROOT
+        return self.tree.resolve(wanted, labels, draw)
+
+    def check_in(self, client: int, record: AffinityRecord, round_id: int) -> bool:
+        """Use the record that a device brings instead of the table's; False if partly refused."""
+        return self.table.accept(client, record, round_id)
+
+    def fold(self, round_id: int, model_id: int, total: ModelSum) -> None:
+        """Keep the sums until the round closes: who is accepted shows only then."""
+        self._sums[model_id] = total
+
+    def close(self, round_id: int, report: RoundReport) -> None:
+        """Feedback, server steps, splits and merges."""
+        rows = np.flatnonzero(report.table.ok)
+        leaves = np.array([self._placed[int(c)][0] for c in report.table.clients], dtype=np.int64)
+        for leaf in self.tree.leaves:
+            self._close_leaf(round_id, report, leaf, rows[leaves[rows] == leaf])
+        if not self.frozen:
+            for leaf in list(self.tree.leaves):
+                self._maybe_split(round_id, leaf)
+            self._maybe_merge(round_id)
+
+    def members(self) -> dict[int, float]:
+        """Clients whose best leaf accepts them, by leaf; before the first split, all seen."""
+        leaves = self.tree.leaves
+        if self._table is None or len(leaves) == 1:
+            return {leaf: float(self._table.used if self._table else 0) for leaf in leaves}
+        rewards = self._table.state()["reward"][:, leaves]
+        best = rewards.argmax(axis=1)
+        counts = np.bincount(best[rewards.max(axis=1) > 0], minlength=len(leaves))
+        return {leaf: float(n) for leaf, n in zip(leaves, counts)}
+
+    def membership(self, client: int) -> dict[int, float]:
+        """Probability of each leaf, softmax of rewards over 0.1; uniform for an unknown client."""
+        leaves = self.tree.leaves
+        rewards = self.table.rewards(np.array([client]))[0, leaves]
+        weight = np.exp((rewards - rewards.max()) / 0.1)
+        return dict(zip(leaves, (weight / weight.sum()).tolist()))
+
+    def best_leaves(self, clients: IntArray) -> IntArray:
+        """Leaf of highest reward of each client; ties and newcomers by hash."""
+        leaves = np.array(self.tree.leaves, dtype=np.int64)
+        rewards, none = self.table.rewards(clients)[:, leaves], np.zeros(len(clients))
+        seed = self._started().seed
+        first, _, _ = rank_leaves(rewards, none, 0, none > 0, clients, seed, 0)
+        return leaves[first]
+
+    def explain_split(self, leaf: int) -> SplitReport | None:
+        """Evidence of the latest decision about a cohort; None before there was one."""
+        return self._reports.get(leaf)
+
+    def freeze(self) -> None:
+        """Stop clustering; cohorts go on training."""
+        self.frozen = True
+
+    def export_cohorts(self) -> StateArrays:
+        """Tree and records, for another job over the same clients."""
+        records = {f"table.{name}": value for name, value in self.table.state().items()}
+        return {"tree": self.tree.state(), **records}
+
+    def import_cohorts(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Start from known cohorts: every leaf begins with this job's own initial model."""
+        line = self._line(ROOT)
+        self.tree.load(state["tree"])
+        self.table.load(strip(state, "table."))
+        self.cohorts_by_number.clear()
+        for number in [ROOT, *self.tree.leaves]:
+            self._add_cohort(number, self._copy_of(line), 0)
+
+    def model_spec(self, model_id: int) -> ModelSpec:
+        """Spec of a cohort's model."""
+        spec: ModelSpec = self._line(model_id // STRIDE).model_spec(model_id % TRIAL)
+        return spec
+
+    def local_config(self, round_id: int) -> LocalConfig:
+        """That of the root's line."""
+        local: LocalConfig = self._line(ROOT).local_config(round_id)
+        return local
+
+    def weights(self, model_id: int) -> FlatWeights:
+        """Current weights of a cohort's model."""
+        values: FlatWeights = self._line(model_id // STRIDE).weights(model_id % TRIAL)
+        return values
+
+    def feedback_spec(self) -> FeedbackSpec:
+        """What the inner line asks for, and sketches of whole and half updates."""
+        inner: FeedbackSpec = self._line(ROOT).feedback_spec()
+        halves = self.config.rules.features == "signal" or self.config.rules.gate == "corrected"
+        return dataclasses.replace(inner, sketch_dim=self.config.sketch_dim, halves=halves)
+
+    def controls(self, clients: IntArray) -> npt.NDArray[np.float32] | None:
+        """No corrections."""
+        return None
+
+    def predict_plan(self, client: int) -> list[tuple[int, float]]:
+        """The models of the client's best leaf."""
+        leaf = int(self.best_leaves(np.array([client], dtype=np.int64))[0])
+        return [(leaf * STRIDE + m, share) for m, share in self._line(leaf).predict_plan(client)]
+
+    def state(self) -> StateArrays:
+        """Tree, records, and every cohort with its line."""
+        parts = self.export_cohorts()
+        for number, cohort in self.cohorts_by_number.items():
+            inner = cohort.line.state()
+            parts |= {f"cohort{number}.line.{name}": value for name, value in inner.items()}
+            parts |= {f"cohort{number}.{name}": value for name, value in cohort.state().items()}
+        numbers = [self.wasted, self.explored, int(self.frozen)]
+        log = json.dumps({"events": self.events}).encode()
+        return {
+            **parts,
+            "cohorts": np.array(list(self.cohorts_by_number), dtype=np.int64),
+            "numbers": np.array(numbers, dtype=np.int64),
+            "events": np.frombuffer(log, dtype=np.uint8).copy(),
+        }
+
+    def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Restore :meth:`state`.
+
+        Raises:
+            ConfigError: the state is not one of Auxo, or of another inner line.
+        """
+        if "cohorts" not in state or "tree" not in state:
+            raise ConfigError("state", sorted(state)[:4], "a state of Auxo")
+        self.tree.load(state["tree"])
+        self.table.load(strip(state, "table."))
+        self.cohorts_by_number.clear()
+        for number in state["cohorts"].tolist():
+            line = self._make_inner()
+            line.start(self._started())
+            line.load(strip(state, f"cohort{number}.line."))
+            self._add_cohort(number, line, 0)
+            self.cohorts_by_number[number].load(strip(state, f"cohort{number}."))
+        self.wasted, self.explored, frozen = (int(n) for n in state["numbers"])
+        self.frozen = bool(frozen)
+        self.events = json.loads(state["events"].tobytes())["events"]
+
+    def _preferences(
+        self, round_id: int, clients: IntArray, leaves: IntArray
+    ) -> tuple[IntArray, IntArray, npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+        """First and second leaf of each client, their gap, and whose member it is [k, leaves]."""
+        rewards = self.table.rewards(clients)[:, leaves]
+        alone = len(leaves) == 1
+        blocked = self.table.blocked(clients)
+        member = (rewards > 0) & ~blocked[:, None] if not alone else ~blocked[:, None]
+        tried = self.table.tried(clients)[:, leaves]
+        homeless = ((rewards < 0) & tried).all(axis=1) & np.full(len(clients), not alone)
+        eps = [self._exploration(round_id, int(leaf)) for leaf in leaves]
+        explore = np.array(eps)[rewards.argmax(axis=1)] if not alone else np.zeros(len(clients))
+        nursery = int(np.argmax([self._active.get(int(leaf), 0.0) for leaf in leaves]))
+        seed = self._started().seed
+        ranked = rank_leaves(rewards, explore, nursery, homeless, clients, seed, round_id)
+        self.explored += int((ranked[0] != rewards.argmax(axis=1)).sum()) if not alone else 0
+        return *ranked, member
+
+    def _exploration(self, round_id: int, leaf: int) -> float:
+        age = max(0, round_id - self.cohorts_by_number[leaf].opened)
+        return self.config.eps_0 * self.config.eps_decay**age
+
+    def _to_line(
+        self, round_id: int, leaf: int, trial: bool, clients: list[int]
+    ) -> list[Assignment]:
+        ids = np.sort(np.array(clients, dtype=np.int64))
+        base = leaf * STRIDE + (TRIAL if trial else 0)
+        parts = self._line(leaf).assign(round_id, ids)
+        for part in parts:
+            for client in part.clients.tolist():
+                self._placed[client] = (leaf, part.model_id, trial)
+        return [dataclasses.replace(part, model_id=base + part.model_id) for part in parts]
+
+    def _close_leaf(self, round_id: int, report: RoundReport, leaf: int, rows: IntArray) -> None:
+        """Feedback to the participants of a leaf, then its server step."""
+        cohort = self.cohorts_by_number[leaf]
+        table = report.table
+        placed = [self._placed[int(c)] for c in table.clients[rows]]
+        models = np.array([model for _, model, _ in placed], dtype=np.int64)
+        trial = np.array([t for _, _, t in placed], dtype=bool)
+        if len(rows) and not self.frozen:
+            observer = Observer(self.config, self.tree, self.table, self._log)
+            observer.observe(round_id, cohort, table, rows, models, trial)
+        # Where no member took part, the newcomers are the cohort.
+        newcomers_only = bool(trial.all())
+        kept = rows if newcomers_only else rows[~trial]
+        self.wasted += len(rows) - len(kept)
+        offset = TRIAL if newcomers_only else 0
+        for model in np.unique(models[trial == newcomers_only]).tolist():
+            total = self._sums.get(leaf * STRIDE + offset + model)
+            if total is not None:
+                cohort.line.fold(round_id, model, total)
+        cohort.line.close(round_id, dataclasses.replace(report, table=subset(table, kept)))
+
+    def _maybe_split(self, round_id: int, leaf: int) -> None:
+        cohort = self.cohorts_by_number[leaf]
+        labels = self.table.state()["label"][:, leaf]
+        sizes = np.bincount(labels[labels >= 0], minlength=cohort.parts)[: cohort.parts]
+        report = cohort.decide(round_id, sizes, len(self.tree.leaves), cohort.participants)
+        self._reports[leaf] = report
+        if not report.go:
+            return
+        children = self.tree.split(leaf, cohort.parts, round_id + 1)
+        self.table.add_cohorts(len(children))
+        self.table.inherit(leaf, children)
+        for child in children:
+            self._add_cohort(child, self._copy_of(cohort.line), round_id + 1)
+        self._log(round_id, "split", cohort=leaf, into=children, evidence=plain(report))
+        if leaf != ROOT:  # the root's line stays: it names the job's first model
+            del self.cohorts_by_number[leaf]
+
+    def _maybe_merge(self, round_id: int) -> None:
+        if not self.config.merge_after:
+            return
+        for leaf in self.tree.leaves:
+            cohort = self.cohorts_by_number[leaf]
+            small = cohort.participants < self.config.p_min and len(self.tree.leaves) > 1
+            cohort.small_rounds = cohort.small_rounds + 1 if small else 0
+        for leaf in self.tree.leaves:
+            into = self.tree.nearest_leaf(leaf)
+            if into is None or self.cohorts_by_number[leaf].small_rounds < self.config.merge_after:
+                continue
+            self._merge(round_id, leaf, into)
+
+    def _merge(self, round_id: int, leaf: int, into: int) -> None:
+        """Average the weights by members and hand the clients over."""
+        active = self.members()
+        share = active[leaf] / max(active[leaf] + active[into], 1.0)
+        mine, other = (self.cohorts_by_number[n].line.state() for n in (leaf, into))
+        other.update(averaged(mine, other, share))
+        self.cohorts_by_number[into].line.load(other)
+        self.tree.merge(leaf, into)
+        self.table.absorb(leaf, into)
+        if leaf != ROOT:
+            del self.cohorts_by_number[leaf]
+        self._log(round_id, "merged", cohort=leaf, into=into, share=share)
+
+    def _copy_of(self, line: Strategy) -> Strategy:
+        """A line with the same weights and optimiser, from now on independent."""
+        copy = self._make_inner()
+        copy.start(self._started())
+        copy.load({name: np.array(value) for name, value in line.state().items()})
+        return copy
+
+    def _add_cohort(self, number: int, line: Strategy, born: int) -> None:
+        seed = 0 if self._facts is None else self._facts.seed
+        self.cohorts_by_number[number] = Cohort(number, line, born, self.config, seed)
+
+    def _line(self, number: int) -> Any:
+        return self.cohorts_by_number[number].line
+
+    def _started(self) -> JobFacts:
+        if self._facts is None:
+            raise ConfigError("strategy", "not started", "start() before use")
+        return self._facts
+
+    def _shuffled(self, round_id: int, clients: IntArray) -> IntArray:
+        """An order that no client owes to its number: the last ones may be declined."""
+        keys = hashed(self._started().seed, Purpose.SELECTION, round_id, clients)
+        return clients[np.argsort(keys, kind="stable")]
+
+    def _log(self, round_id: int, kind: str, **facts: Any) -> None:
+        self.events.append({"round": round_id, "event": kind, **facts})

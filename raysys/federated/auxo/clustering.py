@@ -1,0 +1,142 @@
+"""Clusters the updates of one round: k-means on the unit sphere, stability, leave-one-out labels.
+
+Updates of different rounds start from different weights and cannot be compared, so no centroid is
+ever kept. What persists is each client's label; a round's centroids are made from this round's
+updates of clients whose label is remembered (paper, section 4.2). We differ in leaving a client
+out of the centroid that it is compared with: in many dimensions a client's own update in its
+centroid alone makes labels look stable.
+
+Dimensions: n participants, D sketch dimensions, K clusters, G random starts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+NONE = -1
+TINY = 1e-12
+
+
+def unit_rows(sketch_nD: npt.ArrayLike) -> FloatArray:
+    """Centre by the mean and scale each row to length 1 (cosine geometry); equal rows give 0."""
+    values = np.asarray(sketch_nD, dtype=np.float64)
+    centred = values - values.mean(axis=0)
+    length = np.linalg.norm(centred, axis=1, keepdims=True)
+    # Rows that differ by rounding only carry no direction.
+    scale = np.maximum(np.abs(values).max(initial=0.0), TINY)
+    return np.where(length > 1e-9 * scale, centred / np.maximum(length, TINY), 0.0)
+
+
+def kmeans(
+    points_nD: FloatArray, k: int, rng: np.random.Generator, starts: int = 4, steps: int = 25
+) -> tuple[IntArray, FloatArray]:
+    """Labels int64 [n] and centroids [K, D] of the best of several starts.
+
+    k-means++ seeding, then Lloyd's steps, all starts in one program: a round's clusterings are
+    many and tiny, so that a library's call overhead would exceed their arithmetic.
+    """
+    centroids = _seed(points_nD, k, rng, starts)
+    labels = np.zeros((starts, len(points_nD)), dtype=np.int64)
+    for step in range(steps):
+        distance = _squared(points_nD, centroids)
+        found = distance.argmin(axis=2)
+        if step and np.array_equal(found, labels):
+            break
+        labels = found
+        member = (labels[:, :, None] == np.arange(k)).astype(np.float64)
+        count = member.sum(axis=1)
+        sums = np.einsum("gnk,nd->gkd", member, points_nD)
+        filled = sums / np.maximum(count, 1)[:, :, None]
+        centroids = np.where(count[:, :, None] > 0, filled, centroids)
+    cost = np.take_along_axis(_squared(points_nD, centroids), labels[:, :, None], 2).sum(
+        axis=(1, 2)
+    )
+    best = int(cost.argmin())
+    return labels[best], centroids[best]
+
+
+def nearest(points_nD: FloatArray, centroids_KD: FloatArray) -> IntArray:
+    """Index of the nearest centroid of each point."""
+    found: IntArray = _squared(points_nD, centroids_KD[None])[0].argmin(axis=1)
+    return found
+
+
+def leave_one_out(points_nD: FloatArray, labels_n: IntArray, k: int, own: bool = False) -> IntArray:
+    """Nearest centroid of every participant, its own update left out.
+
+    Args:
+        labels_n: remembered label, or NONE. own: keep a client's own update (the printed rule).
+
+    Returns:
+        New labels int64 [n]; a cluster that only the client itself remembers is closed to it.
+    """
+    member = (labels_n[:, None] == np.arange(k)).astype(np.float64)
+    count = member.sum(axis=0)
+    sums = member.T @ points_nD
+    centroids = sums / np.maximum(count, 1)[:, None]
+    distance = _squared(points_nD, centroids[None])[0]
+    distance[:, count == 0] = np.inf
+    if not own:
+        rows = np.flatnonzero(labels_n >= 0)
+        mine = labels_n[rows]
+        left = count[mine] - 1
+        without = (sums[mine] - points_nD[rows]) / np.maximum(left, 1)[:, None]
+        gap = ((points_nD[rows] - without) ** 2).sum(axis=1)
+        distance[rows, mine] = np.where(left > 0, gap, np.inf)
+    blind = ~np.isfinite(distance).any(axis=1)
+    found = distance.argmin(axis=1)
+    return np.where(blind, labels_n, found)
+
+
+def adjusted_rand(first: IntArray, second: IntArray) -> float:
+    """Adjusted Rand index of two labellings (Hubert and Arabie 1985); 1 for two trivial ones."""
+    table = np.zeros((int(first.max(initial=0)) + 1, int(second.max(initial=0)) + 1))
+    np.add.at(table, (first, second), 1)
+    pairs = (table * (table - 1)).sum() / 2
+    rows, columns = table.sum(axis=1), table.sum(axis=0)
+    a, b = (rows * (rows - 1)).sum() / 2, (columns * (columns - 1)).sum() / 2
+    total = len(first) * (len(first) - 1) / 2
+    expected = a * b / total if total else 0.0
+    highest = (a + b) / 2
+    return 1.0 if highest == expected else float((pairs - expected) / (highest - expected))
+
+
+def split_half_stability(points_nD: FloatArray, k: int, rng: np.random.Generator) -> float:
+    """Agreement of the clusterings of two random halves, as labels of all points; 0 if too few.
+
+    Structure that is really there is found from either half; an arbitrary cut is not.
+    """
+    n = len(points_nD)
+    if n < 2 * k:
+        return 0.0
+    order = rng.permutation(n)
+    halves = [order[: n // 2], order[n // 2 :]]
+    found = [nearest(points_nD, kmeans(points_nD[half], k, rng)[1]) for half in halves]
+    if len(np.unique(found[0])) < 2 or len(np.unique(found[1])) < 2:
+        return 0.0
+    return adjusted_rand(found[0], found[1])
+
+
+def _seed(points_nD: FloatArray, k: int, rng: np.random.Generator, starts: int) -> FloatArray:
+    """k-means++ seeds, [G, K, D] (Arthur and Vassilvitskii 2007)."""
+    n = len(points_nD)
+    chosen = points_nD[rng.integers(n, size=starts)][:, None]
+    while chosen.shape[1] < k:
+        gap = _squared(points_nD, chosen).min(axis=2)
+        total = gap.cumsum(axis=1)
+        draw = rng.random(starts) * np.maximum(total[:, -1], TINY)
+        picked = np.minimum((total < draw[:, None]).sum(axis=1), n - 1)
+        chosen = np.concatenate([chosen, points_nD[picked][:, None]], axis=1)
+    return chosen
+
+
+def _squared(points_nD: FloatArray, centroids_GKD: FloatArray) -> FloatArray:
+    """Squared distances [G, n, K]."""
+    own = (points_nD**2).sum(axis=1)[None, :, None]
+    other = (centroids_GKD**2).sum(axis=2)[:, None, :]
+    cross = np.einsum("nd,gkd->gnk", points_nD, centroids_GKD, optimize=True)
+    gaps: FloatArray = np.maximum(own + other - 2 * cross, 0.0)
+    return gaps
