@@ -11,7 +11,9 @@ import pytest
 
 from actors.session import Session
 from jobs.bench import ccs as bench
-from jobs.bench.tasks import ccs_systems, coreset_lab, small_task
+from jobs.bench.ccs import lab as coreset_lab
+from jobs.bench.ccs import systems as ccs_systems
+from jobs.bench.ccs.tasks import small_task
 from jobs.tour.stage import StageContext
 from jobs.tour.stages import ccs as stage
 from raysys.bench import Profile
@@ -33,8 +35,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch, ray_session: Session) -> None:
     monkeypatch.setattr(ccs_systems, "session", lambda: ray_session)
 
     @functools.cache
-    def lab(name: str, noise: float = 0.0) -> coreset_lab.Lab:
-        return coreset_lab.Lab(task, noise)
+    def lab(name: str, noise: float = 0.0, partial: str = "") -> coreset_lab.Lab:
+        return coreset_lab.Lab(task, noise, partial)
 
     monkeypatch.setattr(bench, "lab", lab)
     monkeypatch.setattr(bench, "_seeds", lambda profile: [1])
@@ -61,6 +63,27 @@ def test_accuracy_claims_run_and_never_mix_sides() -> None:
         max(regret["test"].values()) - regret["test"][str(regret["chosen"])]
     )
     assert regret["regret"] >= 0
+
+
+@pytest.mark.usefixtures("tiny")
+def test_an_interrupted_claim_trains_only_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = Profile(partial=str(tmp_path))
+    first: Any = bench.ccs_minus_random(profile)
+    kept = (tmp_path / "proxies.jsonl").read_text()
+    assert len(kept.splitlines()) == 3  # the beta search, CCS and random; both tasks are one here
+
+    def trained(*arguments: Any, **options: Any) -> list[float]:
+        raise AssertionError("trained again")
+
+    task = bench.lab("A", 0.0, str(tmp_path)).task
+    monkeypatch.setattr(coreset_lab, "train_many", trained)
+    monkeypatch.setattr(coreset_lab, "auto_beta", trained)
+    monkeypatch.setattr(bench, "lab", lambda *key: coreset_lab.Lab(task, *key[1:]))
+    again: Any = bench.ccs_minus_random(profile)
+    assert again.samples == first.samples
+    assert (tmp_path / "proxies.jsonl").read_text() == kept
 
 
 @pytest.mark.usefixtures("tiny")

@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 
 from actors.ccs import row_finder, train_many
-from jobs.bench.tasks import Task, signal_task, small_task
-from jobs.bench.tasks.coreset_lab import score_task
+from jobs.bench.ccs.lab import score_task
+from jobs.bench.ccs.tasks import Task, signal_task, small_task
 from jobs.coreset.report import kept_plot
 from jobs.tour.stage import Row, Stage, StageContext, StageResult
 from raysys.training.ccs.baselines import CCS, HardestFirst, Method, Random

@@ -211,6 +211,10 @@ class ActivationCache:
 
     def _keep(self, ids: IntArray, inputs: Sequence[Tensor], rows: Tensor, spent: float) -> None:
         store = self._current() or self._new_store(rows)
+        shape = tuple(rows.shape[1:])
+        if shape != store.key.shape:
+            reason = f"rows of shape {shape} after rows of shape {store.key.shape}"
+            raise StorageError(self.config.directory, reason, "Pad examples to one length")
         slots = store.slots(ids)
         first = inputs[0].detach().contiguous().numpy()
         for row, key in enumerate(ids.tolist()):

@@ -30,6 +30,36 @@ def check_optimizer(optimizer: Optimizer) -> None:
         )  # fmt: skip
 
 
+_SHARDED = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
+
+_WRAPPERS = {
+    "DistributedDataParallel": "DistributedDataParallel",
+    "OptimizedModule": "torch.compile",
+}
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse models whose parameters are not whole on each rank, or that are wrapped too early.
+
+    Wrappers are known by name, so that none of them is imported here.
+
+    Raises:
+        ConfigError: sharded parameters (FSDP, ZeRO), or a wrapper (data parallelism, compilation)
+            around the model, which must be put on again whenever the frozen part changes.
+    """
+    for module in model.modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        if kinds & set(_SHARDED):
+            raise ConfigError(
+                "model", type(module).__name__, "parameters that are whole on every rank",
+                "Train data parallel: freezing inside FSDP or ZeRO is not supported",
+            )  # fmt: skip
+        for wrapper, way in _WRAPPERS.items():
+            if wrapper in kinds:
+                remedy = f"Pass the model and KGT(..., wrap={way})"
+                raise ConfigError("model", type(module).__name__, "the model itself", remedy)
+
+
 class Freezer:
     """Applies "modules 0 .. upto - 1 are frozen" to a model."""
 

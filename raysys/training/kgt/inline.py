@@ -23,8 +23,11 @@ from raysys.training.kgt.savings import Savings
 
 
 def load_per_core() -> float:
-    """The machine's load average per core over the last minute."""
-    return os.getloadavg()[0] / (os.cpu_count() or 1)
+    """The machine's load average per core over the last minute; 0 where it cannot be read."""
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except OSError:
+        return 0.0
 
 
 def entering(offer: Offer) -> tuple[tuple[Tensor, ...], Tensor | None]:

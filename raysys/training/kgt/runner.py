@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from raysys.training.kgt.plan import ModulePlan
+from raysys.training.kgt.plan import LayerModule, ModulePlan
 
 
 class SegmentRunner(nn.Module):
@@ -23,6 +23,7 @@ class SegmentRunner(nn.Module):
         self.model = model
         # A tuple keeps the segments out of the children: their parameters are the model's.
         self._segments = tuple(module.segment for module in plan.modules)
+        self._loose = tuple(_loose(module) for module in plan.modules)
 
     def forward(
         self,
@@ -53,11 +54,17 @@ class SegmentRunner(nn.Module):
     def prefix(
         self, inputs: Sequence[Tensor], upto: int, h: Tensor | None = None, start: int = 0
     ) -> Tensor:
-        """Output of modules ``start .. upto - 1`` without gradients."""
+        """Output of modules ``start .. upto - 1``, in eval mode and without gradients."""
         value: Any = h
         with torch.no_grad():
             for index in range(start, upto):
+                # A dropout between two blocks may also serve a block that trains: only for now.
+                training = [module for module in self._loose[index] if module.training]
+                for module in training:
+                    module.training = False
                 value = self._run(index, value, inputs)
+                for module in training:
+                    module.training = True
         assert isinstance(value, Tensor)
         return value
 
@@ -65,3 +72,12 @@ class SegmentRunner(nn.Module):
         segment = self._segments[index]
         assert segment is not None
         return segment(value, *inputs)
+
+
+def _loose(module: LayerModule) -> tuple[nn.Module, ...]:
+    """Modules without parameters that a segment calls between its units, such as dropout."""
+    if not isinstance(module.segment, fx.GraphModule):
+        return ()
+    calls = [str(n.target) for n in module.segment.graph.nodes if n.op == "call_module"]
+    loose = [name for name in dict.fromkeys(calls) if name not in module.units]
+    return tuple(module.segment.get_submodule(name) for name in loose)

@@ -31,7 +31,7 @@ from raysys.training.kgt.cache import ActivationCache
 from raysys.training.kgt.config import KGTConfig, resolve
 from raysys.training.kgt.controller import EventSink, ignore
 from raysys.training.kgt.decision import Control, Offer
-from raysys.training.kgt.freezer import Freezer, check_optimizer
+from raysys.training.kgt.freezer import Freezer, check_model, check_optimizer
 from raysys.training.kgt.hooks import Capture
 from raysys.training.kgt.inline import inline_control
 from raysys.training.kgt.plan import ModulePlan, parse
@@ -76,7 +76,8 @@ class KGT:
         clock: CPU seconds; ``evaluation_s`` adds up what reference and plasticity cost.
 
     Raises:
-        ConfigError: bad options, or an optimizer that moves parameters without gradients.
+        ConfigError: bad options, an optimizer that moves parameters without gradients, or a model
+            that is sharded or wrapped for data parallelism already.
         InfeasibleError: the model has fewer than two layer modules.
     """
 
@@ -97,6 +98,7 @@ class KGT:
         clock: Callable[[], float] = time.process_time,
     ) -> None:
         check_optimizer(optimizer)
+        check_model(model)
         asked = config or KGTConfig()
         self.model = model
         self.optimizer = optimizer

@@ -13,12 +13,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from raysys.errors import CapabilityError
 from raysys.training.kgt.config import CacheConfig, KGTConfig
 from raysys.training.kgt.controller import EventSink, ignore
 from raysys.training.kgt.decision import Offer
+from raysys.training.kgt.freezer import check_model
 from raysys.training.kgt.hooks import Capture
 from raysys.training.kgt.plan import parse
 from raysys.training.kgt.plasticity import gram
@@ -32,6 +35,10 @@ class WatchedKGT:
 
     Args:
         state: a :meth:`state_dict` to go on from.
+
+    Raises:
+        ConfigError: the model is sharded or wrapped.
+        CapabilityError: several ranks train; the framework's data parallelism has fixed buckets.
     """
 
     def __init__(
@@ -44,6 +51,12 @@ class WatchedKGT:
         state: Mapping[str, Any] | None = None,
         log: EventSink = ignore,
     ) -> None:
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise CapabilityError(
+                "layer freezing by a callback", f"{dist.get_world_size()} ranks train",
+                "Use raysys train with workers, or KGT(..., wrap=...) in a loop of your own",
+            )  # fmt: skip
+        check_model(model)
         self.model = model
         self.optimizer = optimizer
         self.config = dataclasses.replace(config, cache=CacheConfig())

@@ -13,7 +13,6 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from raysys.training.ccs import DynamicsRecorder, ScoreAccumulator
-from raysys.training.ccs.callbacks import huggingface_callback
 from raysys.training.ccs.callbacks import lightning_callback as recording_callback
 from raysys.training.kgt import EventLog, KGTConfig
 from raysys.training.kgt.callbacks import hf_callback, lightning_callback
@@ -88,19 +87,17 @@ def test_lightning_freezes_records_and_resumes(tmp_path: Path) -> None:
 class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Token sequences whose first token is the class."""
 
-    def __init__(self, with_ids: bool) -> None:
+    def __init__(self) -> None:
         rng = np.random.default_rng(0)
         self.tokens = torch.from_numpy(rng.integers(2, 20, (ROWS, 6)))
         self.labels = torch.from_numpy(rng.integers(0, 2, ROWS))
         self.tokens[:, 0] = self.labels
-        self.with_ids = with_ids
 
     def __len__(self) -> int:
         return ROWS
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
-        found = {"input_ids": self.tokens[row], "labels": self.labels[row]}
-        return {**found, "sample_id": torch.tensor(row)} if self.with_ids else found
+        return {"input_ids": self.tokens[row], "labels": self.labels[row]}
 
 
 def bert(transformers: Any) -> Any:
@@ -112,7 +109,7 @@ def bert(transformers: Any) -> Any:
     return transformers.BertForSequenceClassification(config)
 
 
-def hf_fit(folder: Path, model: Any, callback: Any, with_ids: bool, **options: Any) -> Any:
+def hf_fit(folder: Path, model: Any, callback: Any, **options: Any) -> Any:
     import transformers
 
     resume = options.pop("resume", None)
@@ -122,7 +119,7 @@ def hf_fit(folder: Path, model: Any, callback: Any, with_ids: bool, **options: A
         lr_scheduler_type="constant", **options,
     )  # fmt: skip
     trainer = transformers.Trainer(
-        model=model, args=arguments, train_dataset=Rows(with_ids), callbacks=[callback]
+        model=model, args=arguments, train_dataset=Rows(), callbacks=[callback]
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -133,7 +130,7 @@ def test_hugging_face_trainer_freezes_and_resumes(tmp_path: Path) -> None:
     log = EventLog()
     model = bert(transformers)
     options = {"num_train_epochs": 10, "save_steps": 40, "save_strategy": "steps"}
-    hf_fit(tmp_path, model, hf_callback(EAGER, log), False, **options)
+    hf_fit(tmp_path, model, hf_callback(EAGER, log), **options)
     applied = [row for row in log.rows if row["event"] == "applied"]
     assert applied
     frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
@@ -142,15 +139,6 @@ def test_hugging_face_trainer_freezes_and_resumes(tmp_path: Path) -> None:
     again = bert(transformers)
     options["num_train_epochs"] = 11
     callback = hf_callback(EAGER)
-    hf_fit(tmp_path, again, callback, False, resume=str(tmp_path / "checkpoint-40"), **options)
+    hf_fit(tmp_path, again, callback, resume=str(tmp_path / "checkpoint-40"), **options)
     still = [name for name, value in again.named_parameters() if not value.requires_grad]
     assert set(frozen) <= set(still)
-
-
-def test_hugging_face_trainer_records_dynamics(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    store = ScoreAccumulator(np.arange(ROWS))
-    callback = huggingface_callback(DynamicsRecorder(store.add), store.commit)
-    options = {"num_train_epochs": 3, "save_strategy": "no"}
-    hf_fit(tmp_path, bert(transformers), callback, True, **options)
-    assert visits(store) == [3] * ROWS

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from jobs.bench.tasks import ccs_systems as systems
-from jobs.bench.tasks.coreset_lab import FRESH_SEED, Lab, lab
+from jobs.bench.ccs import systems
+from jobs.bench.ccs.lab import FRESH_SEED, Lab, lab
 from raysys.bench import Baseline, Claim, Profile
 from raysys.training.ccs.baselines import (
     CCS,
@@ -46,8 +46,10 @@ def _seeds(profile: Profile) -> list[int]:
     return list(range(FRESH_SEED, FRESH_SEED + profile.pick(2, 5)))
 
 
-def _labs() -> list[Lab]:
-    return [lab(name) for name in TASKS]  # both scoring runs start before one is waited for
+def _labs(profile: Profile) -> list[Lab]:
+    return [
+        lab(name, 0.0, profile.partial) for name in TASKS
+    ]  # both scoring runs start before one is waited for
 
 
 def _stats(values: Sequence[float]) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def _margin_claim(name: str, profile: Profile, rivals: dict[str, Method | None])
     """CCS at its cross-validated beta minus the best rival, per task; None is cut + random."""
     seeds = _seeds(profile)
     samples: dict[str, Any] = {}
-    for task, one in zip(TASKS, _labs()):
+    for task, one in zip(TASKS, _labs(profile)):
         beta = one.auto_beta(PRUNED).beta
         others = {key: rival or CutRandom(beta) for key, rival in rivals.items()}
         ours, *rest = one.accuracy([CCS(beta), *others.values()], PRUNED, seeds)
@@ -102,7 +104,7 @@ def auto_beta_regret(profile: Profile) -> Claim:
     """Best beta of the candidates on the test set minus the cross-validated one; the larger."""
     seeds = _seeds(profile)
     samples: dict[str, Any] = {}
-    for task, one in zip(TASKS, _labs()):
+    for task, one in zip(TASKS, _labs(profile)):
         choice = one.auto_beta(PRUNED)
         runs = one.accuracy([CCS(beta) for beta in choice.accuracy], PRUNED, seeds)
         tested = {beta: float(np.mean(run)) for beta, run in zip(choice.accuracy, runs)}
@@ -125,7 +127,7 @@ def auto_beta_regret(profile: Profile) -> Claim:
 def noise_20pct(profile: Profile) -> Claim:
     """Task B with 20 % of the training labels flipped: CCS (beta 0.3) minus random."""
     seeds = _seeds(profile)[: profile.pick(1, 5)]
-    one = lab("B", 0.2)
+    one = lab("B", 0.2, profile.partial)
     methods: dict[str, Method] = {
         "random": Random(),
         "aum": HardestFirst("aum"),
@@ -155,7 +157,7 @@ def low_pruning(profile: Profile) -> Claim:
     """At 70 % pruned: CCS (beta 0 on A, 0.1 on B) minus random; hardest-first in ``samples``."""
     seeds = _seeds(profile)[: profile.pick(1, 3)]
     samples: dict[str, Any] = {}
-    for task, one, beta in zip(TASKS, _labs(), (0.0, 0.1)):
+    for task, one, beta in zip(TASKS, _labs(profile), (0.0, 0.1)):
         methods: dict[str, Method] = {
             "ccs": CCS(beta),
             "random": Random(),
@@ -179,7 +181,7 @@ def low_pruning(profile: Profile) -> Claim:
 def auc_pr_vs_hardest(profile: Profile) -> Claim:
     """AUC_pr at 90 % pruned, CCS over hardest-AUM (lower is better coverage); the larger ratio."""
     samples: dict[str, Any] = {}
-    for task, one in zip(TASKS, _labs()):
+    for task, one in zip(TASKS, _labs(profile)):
         table, m = one.scored.table, one.budget(PRUNED)
         targets = one.scored.test_features[:1000]
         beta = one.auto_beta(PRUNED).beta
@@ -207,7 +209,7 @@ def all_methods(profile: Profile) -> Claim:
     """
     seeds = _seeds(profile)[: profile.pick(1, 3)]
     samples: dict[str, Any] = {}
-    for task, one in zip(TASKS[: profile.pick(1, 2)], _labs()):
+    for task, one in zip(TASKS[: profile.pick(1, 2)], _labs(profile)):
         beta = one.auto_beta(PRUNED).beta
         methods: dict[str, Method] = {
             "ccs": CCS(beta),
@@ -245,7 +247,7 @@ def all_methods(profile: Profile) -> Claim:
 
 def equal_epochs(profile: Profile) -> Claim:
     """At 90 % pruned with a tenth of the full run's steps: CCS minus random (task A)."""
-    seeds, one = _seeds(profile), lab("A")
+    seeds, one = _seeds(profile), lab("A", 0.0, profile.partial)
     steps = one.task.proxy.iterations // 10
     beta = one.auto_beta(PRUNED).beta
     ours, random = one.accuracy([CCS(beta), Random()], PRUNED, seeds, iterations=steps)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from actors.ccs import Columns, select_parquet
-from jobs.bench.tasks.coreset_lab import session
+from jobs.bench.ccs.lab import session
 from raysys.bench import Baseline, Claim, Profile
 from raysys.training.ccs.accumulator import ScoreAccumulator
 from raysys.training.ccs.coverage import nearest_distances

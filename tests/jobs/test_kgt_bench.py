@@ -1,0 +1,98 @@
+"""The KGT benchmark on a task of seconds: pieces go on, sides do not mix; no figure is judged."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jobs.bench import kgt as bench
+from jobs.bench.kgt import runs, tasks
+from jobs.bench.pieces import Piece, measure_pieces
+from raysys.bench import Profile
+from raysys.errors import DataError
+from raysys.training import datasets
+from raysys.training.kgt.loop import Recipe
+from raysys.training.kgt.models import ResNet
+
+SHOULD_HAVE = {
+    "frozen_stage1_cached", "frozen_stage2_cached", "end_to_end", "against_baselines", "overhead",
+    "stopped_controller", "resume_equal", "kgt_on_coreset",
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> tasks.Task:
+    split = datasets.digits()
+    some = np.arange(384)
+    task = tasks.Task(
+        "digits-step",
+        datasets.Split("digits", split.train.take(some), split.test.take(some[:64])),
+        functools.partial(ResNet, 10, widths=(4, 4, 8)),
+        Recipe(epochs=2, batch_size=64),
+    )
+    monkeypatch.setattr(runs, "all_tasks", lambda profile: [task])
+    monkeypatch.setattr(tasks, "mnist1d", lambda profile, schedule: task)
+    monkeypatch.setattr(runs, "seeds", lambda profile: [1, 2])
+    monkeypatch.setattr(runs, "STATIC_DEPTHS", (2,))
+    return task
+
+
+def test_claims_have_the_promised_names() -> None:
+    assert set(bench.CLAIMS) >= SHOULD_HAVE
+
+
+@pytest.mark.usefixtures("tiny")
+def test_end_to_end_goes_on_from_kept_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = Profile(partial=str(tmp_path))
+    first: Any = bench.end_to_end(profile)
+    assert len(list(tmp_path.glob("digits-step-*.json"))) == 2
+    row = first.samples[0]
+    by_seed = [r for r in row["runs"] if r["method"] == "vanilla"]
+    assert [r["seed"] for r in by_seed] == [1, 2]
+    assert row["vanilla_points"] == pytest.approx(50 * sum(r["accuracy"] for r in by_seed))
+
+    def trained(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(tasks, "side_by_side", trained)
+    assert bench.end_to_end(profile).value == first.value
+
+
+@pytest.mark.usefixtures("tiny")
+def test_rivals_train_beside_ours() -> None:
+    claim: Any = bench.against_baselines(Profile())
+    assert set(claim.samples["margins"]) == {"linear", "static_2", "gradient"}
+    points = claim.samples["points"]
+    assert claim.samples["margins"]["linear"] == pytest.approx(
+        points["kgt_cached"] - points["linear"]
+    )
+
+
+def test_pieces_are_shared_reclaimed_and_checked(tmp_path: Path) -> None:
+    counts = {"a": 0, "b": 0}
+
+    def piece(name: str) -> Piece:
+        def measure() -> int:
+            counts[name] += 1
+            return counts[name]
+
+        return Piece(name, {"name": name}, measure)
+
+    both = [piece("a"), piece("b")]
+    busy = (tmp_path / both[0].file).with_suffix(".busy")
+    busy.write_text("999999999")  # what a process left that was killed
+    assert measure_pieces(str(tmp_path), both) == [1, 1]
+    assert measure_pieces(str(tmp_path), both) == [1, 1]
+    assert measure_pieces("", both) == [2, 2]
+    assert not list(tmp_path.glob("*.busy"))
+    (tmp_path / both[0].file).write_text("{")
+    with pytest.raises(DataError, match="not a kept piece"):
+        measure_pieces(str(tmp_path), both)
+    assert both[0].file != Piece("a", {"name": "other"}, os.getpid).file
