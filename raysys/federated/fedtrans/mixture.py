@@ -7,14 +7,53 @@ relative's weights come through the stored unit maps instead of by position.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from raysys.federated.core.aggregation import ModelSum
 from raysys.federated.core.model import FlatWeights
 from raysys.federated.fedtrans.config import MixtureConfig
-from raysys.federated.fedtrans.lineage import Model, ancestors, crop, project, similarity
+from raysys.federated.fedtrans.lineage import (
+    Mask,
+    Model,
+    ancestors,
+    crop,
+    project,
+    similarity,
+)
+
+Carry = Callable[[Sequence[Model], FlatWeights, int, int], tuple[FlatWeights, Mask]]
+
+
+def borrowed(
+    family: Sequence[Model],
+    sums: Mapping[int, ModelSum],
+    index: int,
+    round_id: int,
+    config: MixtureConfig,
+) -> ModelSum:
+    """The round's sums of a model with its living ancestors' added, before the server step.
+
+    The child starts as the same function as its parent, so the update that its relatives' clients
+    found is training for it as well. Averaging weights instead pulls the copies of a unit back
+    together, round after round, as long as a relative counts.
+
+    Args:
+        sums: the round's sums by model; those of ``index`` must be there.
+    """
+    own = sums[index]
+    delta, weight = own.delta.copy(), np.full(len(own.delta), own.weight)
+    for source, share, _ in _relatives(family, index, round_id, config):
+        total = sums.get(source)
+        if total is None or total.weight <= 0:
+            continue
+        values, there = _carry(config)(family, total.mean().astype(np.float32), source, index)
+        delta[there] += share * total.weight * values[there]
+        weight[there] += share * total.weight
+    divided = np.divide(delta, weight, out=np.zeros_like(delta), where=weight > 0)
+    return dataclasses.replace(own, delta=divided * own.weight)
 
 
 def mixed(
@@ -33,17 +72,30 @@ def mixed(
         The very same array where there is nobody to borrow from.
     """
     own = weights[index]
-    sources = [i for i in ancestors(family, index)[1:] if family[i].retired is None]
-    if not (config.enabled and sources):
+    relatives = _relatives(family, index, round_id, config)
+    if not relatives:
         return own
-    clock = round_id - family[index].created if config.clock == "age" else round_id
     total = own.astype(np.float64)
-    divisor: npt.NDArray[np.float64] = np.ones(len(own))
-    for source in sources:
-        alike = similarity(family, source, index)
-        share = config.eta**clock * alike
-        carry = project if config.projection == "lineage" else crop
-        values, there = carry(family, weights[source], source, index)
+    divisor = np.ones(len(own))
+    for source, share, alike in relatives:
+        values, there = _carry(config)(family, weights[source], source, index)
         total[there] += share * values[there]
         divisor[there] += share if config.normalise else alike
     return (total / divisor).astype(np.float32)
+
+
+def _relatives(
+    family: Sequence[Model], index: int, round_id: int, config: MixtureConfig
+) -> list[tuple[int, float, float]]:
+    """Living ancestors with their share and their similarity."""
+    clock = round_id - family[index].created if config.clock == "age" else round_id
+    found = []
+    for source in ancestors(family, index)[1:]:
+        if family[source].retired is None:
+            alike = similarity(family, source, index)
+            found.append((source, config.eta**clock * alike, alike))
+    return found
+
+
+def _carry(config: MixtureConfig) -> Carry:
+    return project if config.projection == "lineage" else crop

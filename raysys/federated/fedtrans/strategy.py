@@ -35,7 +35,7 @@ from raysys.federated.fedtrans.lineage import (
     model_from_json,
     similarity,
 )
-from raysys.federated.fedtrans.mixture import mixed
+from raysys.federated.fedtrans.mixture import borrowed, mixed
 from raysys.federated.fedtrans.network import CellNet
 from raysys.federated.fedtrans.transform import apply_step, apply_weights
 
@@ -145,17 +145,14 @@ class FedTrans:
         return None
 
     def fold(self, round_id: int, model_id: int, total: ModelSum) -> None:
-        """Hand the sums to the model's line."""
-        self._lines[model_id].fold(round_id, 0, total)
+        """Keep the model's sums until the round closes."""
         self._folded[model_id] = total
 
     def close(self, round_id: int, report: RoundReport) -> None:
         """Server steps, mixtures, utilities, and perhaps a new model."""
         folded, self._folded = self._folded, {}
         before = [line.weights(0) for line in self._lines]
-        for line in self._lines:
-            line.close(round_id, report)
-        self._mix(round_id, sorted(folded))
+        self._step(round_id, folded, report)
         self._learn(round_id, report)
         newest = len(self._family) - 1
         if newest in folded and folded[newest].weight > 0:
@@ -259,13 +256,22 @@ class FedTrans:
         active = np.array([model.retired is None for model in self._family])
         return self.manager.compatible(clients, self.macs(), active)
 
-    def _mix(self, round_id: int, trained: list[int]) -> None:
-        """All mixtures from the un-mixed values; models without participants only lend."""
-        unmixed = [line.weights(0) for line in self._lines]
-        for index in trained:
-            values = mixed(self._family, unmixed, index, round_id, self.config.mixture)
-            if values is not unmixed[index]:
-                self._lines[index].replace(values)
+    def _step(self, round_id: int, folded: Mapping[int, ModelSum], report: RoundReport) -> None:
+        """Server steps and mixtures; models without participants only lend."""
+        config = self.config.mixture
+        for index, own in folded.items():
+            lend = config.what == "updates"
+            total = borrowed(self._family, folded, index, round_id, config) if lend else own
+            self._lines[index].fold(round_id, 0, total)
+        for line in self._lines:
+            line.close(round_id, report)
+        if config.what == "weights":
+            # All from the un-mixed values: no chain effects within a round.
+            unmixed = [line.weights(0) for line in self._lines]
+            for index in folded:
+                values = mixed(self._family, unmixed, index, round_id, config)
+                if values is not unmixed[index]:
+                    self._lines[index].replace(values)
 
     def _learn(self, round_id: int, report: RoundReport) -> None:
         table = report.table
