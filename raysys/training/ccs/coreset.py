@@ -120,7 +120,7 @@ def save_coreset(
         if parent.exists(name):
             raise StorageError(folder, "already exists", "Give another folder, or remove it")
         parent.rename(temporary, name)
-    except StorageError:
+    except BaseException:  # an interrupt too leaves nothing behind
         parent.delete_folder(temporary)
         raise
     return Coreset(sample.ids, manifest, columns.get("weight"))

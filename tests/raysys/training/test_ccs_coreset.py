@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from raysys.errors import ConfigError, DataError, StorageError
@@ -17,6 +21,7 @@ from raysys.training.ccs.coreset import (
     save_coreset,
 )
 from raysys.training.ccs.selection import SelectionConfig, select_ccs
+from raysys.training.ccs.store import write_scores
 from raysys.training.ccs.table import ScoreTable
 
 
@@ -70,6 +75,40 @@ def test_a_second_writer_loses_and_leaves_nothing(tmp_path: Path, table: ScoreTa
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):
         save(tmp_path / "file" / "b", table)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"), [(errno.ENOSPC, "no space left"), (errno.EROFS, "not permitted")]
+)
+def test_a_full_or_read_only_disk_leaves_no_coreset_and_the_old_scores(
+    tmp_path: Path, table: ScoreTable, monkeypatch: pytest.MonkeyPatch, code: int, message: str
+) -> None:
+    scores = tmp_path / "scores.parquet"
+    write_scores(str(scores), table)
+    before = scores.read_bytes()
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(pq, "write_table", fail)
+    with pytest.raises(StorageError, match=message):
+        save(tmp_path / "a", table)
+    with pytest.raises(StorageError, match=message):
+        write_scores(str(scores), table)
+    assert scores.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.parquet"]
+
+
+def test_an_interrupt_leaves_no_coreset(
+    tmp_path: Path, table: ScoreTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pq, "write_table", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path / "a", table)
+    assert not list(tmp_path.iterdir())
 
 
 def test_damage_is_found(tmp_path: Path, table: ScoreTable) -> None:
