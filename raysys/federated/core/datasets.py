@@ -32,6 +32,7 @@ class FederatedData:
         inputs: float32 [N, ...] or int64 tokens [N, L]. targets: int64 [N] or float32 [N, out].
         keys: client key of each sample for the natural partition, or None.
         classes: number of classes; 0 for regression.
+        vocabulary: different tokens, where inputs are tokens; 0 otherwise.
 
     Raises:
         ConfigError: lengths differ, labels out of range, or inputs that are not finite.
@@ -44,6 +45,7 @@ class FederatedData:
     test_targets: Inputs
     classes: int
     keys: npt.NDArray[Any] | None = None
+    vocabulary: int = 0
 
     def __post_init__(self) -> None:
         for name in ("inputs", "test_inputs"):
@@ -129,6 +131,7 @@ def split(
     held_out: int,
     seed: int,
     keys: npt.NDArray[Any] | None = None,
+    vocabulary: int = 0,
 ) -> FederatedData:
     """Hold out ``held_out`` samples, drawn by ``seed``, as the central test set."""
     order = generator(seed, Purpose.SPLIT).permutation(len(targets))
@@ -141,6 +144,7 @@ def split(
         test_targets=targets[test],
         classes=classes,
         keys=None if keys is None else keys[train],
+        vocabulary=vocabulary,
     )
 
 

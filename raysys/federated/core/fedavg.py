@@ -79,11 +79,12 @@ class FedAvg:
 
     def assign(self, round_id: int, clients: IntArray) -> list[Assignment]:
         """Everybody trains the one model."""
-        return [Assignment(clients=clients, model_id=0, version=self._version, local=self.local)]
+        local = self.local.at_round(round_id)
+        return [Assignment(clients=clients, model_id=0, version=self._version, local=local)]
 
     def local_config(self, round_id: int) -> LocalConfig:
-        """The one configuration."""
-        return self.local
+        """The one configuration, at the round's learning rate."""
+        return self.local.at_round(round_id)
 
     def weights(self, model_id: int) -> FlatWeights:
         """Current global weights, float32 [P]."""
@@ -164,4 +165,5 @@ class QFedAvg(FedAvg):
         self._feedback = FeedbackSpec(weighting="loss", q=q)
 
     def _mean(self, folded: ModelSum) -> npt.NDArray[np.float64]:
-        return folded.delta / (self.local.lr * folded.scalar)
+        lr = self.local.at_round(self._version).lr  # versions count the rounds
+        return folded.delta / (lr * folded.scalar)

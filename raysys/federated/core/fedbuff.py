@@ -137,14 +137,19 @@ class FedBuff(FedAvg):
                     "Raise asynchronous.max_staleness or lower the failure rate",
                 )  # fmt: skip
         self._next = clock
-        as_ids = [np.array(sorted(set(ids)), dtype=np.int64) for ids in (accepted, late, failed)]
-        return Outcome(*as_ids, clock.now_s - begin, None)
+        duration_s = clock.now_s - begin
+        return Outcome(_ids(accepted), _ids(late), _ids(failed), duration_s, None)
 
     def assign(self, round_id: int, clients: IntArray) -> list[Assignment]:
         """One assignment per version that somebody started from."""
         versions = np.array([self._started_from[c] for c in clients.tolist()], dtype=np.int64)
         return [
-            Assignment(clients=clients[versions == v], model_id=v + 1, version=v, local=self.local)
+            Assignment(
+                clients=clients[versions == v],
+                model_id=v + 1,
+                version=v,
+                local=self.local.at_round(v),
+            )
             for v in np.unique(versions).tolist()
         ]
 
@@ -198,6 +203,10 @@ class FedBuff(FedAvg):
         self._history = {
             int(v): np.array(w, dtype=np.float32) for v, w in zip(versions, state["async.weights"])
         }
+
+
+def _ids(clients: list[int]) -> IntArray:
+    return np.array(sorted(set(clients)), dtype=np.int64)
 
 
 class _Arrivals:

@@ -3,6 +3,7 @@
 "batched": hand-derived batched kernels, for MLPs, linear models and bags of embeddings.
 "vmap":    ``torch.func`` maps the gradient over clients; best for small convolutional nets.
 "loop":    one re-used module trains client after client; best where arithmetic dominates.
+"program": a client's own code, see :mod:`program`; for that code, the only one.
 
 Dimensions: C clients, K models of a round, P parameters, S steps, B places of a batch, N samples.
 """
@@ -22,9 +23,10 @@ from raysys.errors import ConfigError
 from raysys.federated.core.batching import Batches
 from raysys.federated.core.local import LocalConfig
 from raysys.federated.core.model import EmbeddingBag, Layout, Mlp, ModelSpec, layout_of
+from raysys.federated.core.program import FromProgram
 from raysys.ops.kernels import load_kernel
 
-RUNGS = ("batched", "vmap", "loop")
+RUNGS = ("batched", "vmap", "loop", "program")
 LOOP_FROM_PARAMS = 100_000
 KERNELS: dict[type, str] = {Mlp: "batched_mlp", EmbeddingBag: "batched_embedding_bag"}
 
@@ -72,12 +74,16 @@ class _Halfway:
 
 def available_rungs(spec: ModelSpec) -> tuple[str, ...]:
     """Rungs that can train a spec, most specialised first."""
+    if isinstance(spec.architecture, FromProgram):
+        return ("program",)
     has_kernel = type(spec.architecture) in KERNELS
-    return RUNGS if has_kernel else RUNGS[1:]
+    return RUNGS[:3] if has_kernel else RUNGS[1:3]
 
 
 def static_rung(spec: ModelSpec) -> str:
     """The choice that needs no measurement: kernel if there is one, else by the model's size."""
+    if isinstance(spec.architecture, FromProgram):
+        return "program"
     if type(spec.architecture) in KERNELS:
         return "batched"
     return "vmap" if layout_of(spec).n_params < LOOP_FROM_PARAMS else "loop"
@@ -107,7 +113,7 @@ def train_chunk(
     Raises:
         ConfigError: unknown rung, or one that cannot train this model.
     """
-    if rung not in available_rungs(spec):
+    if rung not in available_rungs(spec) or rung == "program":
         raise ConfigError("rung", rung, f"one of {available_rungs(spec)} for this model")
     layout = layout_of(spec)
     params = [part.index_select(0, rows_C) for part in layout.split(weights_KP)]

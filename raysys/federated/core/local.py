@@ -23,6 +23,7 @@ class LocalConfig:
         batch_size: samples per step; a client with fewer uses all that it has.
         lr: learning rate. momentum: classical momentum in [0, 1). weight_decay: L2 coefficient.
         prox_mu: coefficient of FedProx's ``mu (w - w0)``; 0 is plain SGD.
+        lr_decay, decay_every: the rate is multiplied by ``lr_decay`` after every so many rounds.
     """
 
     epochs: int = 1
@@ -32,6 +33,8 @@ class LocalConfig:
     momentum: float = 0.0
     weight_decay: float = 0.0
     prox_mu: float = 0.0
+    lr_decay: float = 1.0
+    decay_every: int = 10
 
     def __post_init__(self) -> None:
         check_range(self, "epochs", 1)
@@ -42,6 +45,15 @@ class LocalConfig:
         check_range(self, "momentum", 0, 1, high_open=True)
         check_range(self, "weight_decay", 0)
         check_range(self, "prox_mu", 0)
+        check_range(self, "lr_decay", 0, 1, low_open=True)
+        check_range(self, "decay_every", 1)
+
+    def at_round(self, round_id: int) -> LocalConfig:
+        """The configuration of one round, with its own learning rate and no decay left."""
+        if self.lr_decay == 1.0:
+            return self
+        lr = self.lr * self.lr_decay ** (round_id // self.decay_every)
+        return dataclasses.replace(self, lr=lr, lr_decay=1.0)
 
     def steps_of(self, counts: IntArray) -> IntArray:
         """SGD steps of clients with ``counts`` samples, int64; 0 for a client without samples."""

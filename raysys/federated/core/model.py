@@ -115,6 +115,42 @@ class EmbeddingBag:
         return _BagClassifier(self.vocabulary, self.dim, self.classes)
 
 
+class _ContextClassifier(nn.Module):
+    """Embeddings of a fixed-length context side by side, then an MLP."""
+
+    def __init__(self, vocabulary: int, dim: int, context: int, hidden: int, classes: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, dim)
+        self.inner = nn.Linear(context * dim, hidden)
+        self.output = nn.Linear(hidden, classes)
+
+    def forward(self, tokens_BL: Tensor) -> Tensor:
+        """Logits [B, classes] of int64 tokens [B, L]."""
+        logits: Tensor = self.output(self.inner(self.embedding(tokens_BL).flatten(1)).relu())
+        return logits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ContextMlp:
+    """Neural language model over a fixed context (Bengio et al. 2003): the order counts."""
+
+    vocabulary: int
+    context: int
+    dim: int = 8
+    hidden: int = 64
+    classes: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("vocabulary", "context", "dim", "hidden", "classes"):
+            check(self, name, getattr(self, name) >= 1, "at least 1")
+
+    def build(self) -> nn.Module:
+        """Embedding, hidden layer with ReLU, linear output."""
+        return _ContextClassifier(
+            self.vocabulary, self.dim, self.context, self.hidden, self.classes
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class FromFactory:
     """A module of your own: ``factory`` is ``"package.module:function"``, called with arguments.

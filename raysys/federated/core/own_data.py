@@ -1,14 +1,17 @@
-"""Data that people bring: NumPy archives, Parquet tables, and ``torch`` data sets.
+"""Data that people bring: NumPy archives, Parquet tables, ``torch`` data sets, CIFAR's batches.
 
 All become :class:`~raysys.federated.core.datasets.FederatedData`: arrays, and optionally the key of
-the client that owns each sample. Nothing is unpickled.
+the client that owns each sample. No pickle may name anything but arrays.
 """
 
 from __future__ import annotations
 
+import codecs
+import dataclasses
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +21,7 @@ import torch
 
 from raysys.errors import ConfigError, DataError
 from raysys.federated.core.datasets import FederatedData, must_exist, split
+from raysys.federated.core.natural_data import load_client_csv
 
 HELD_OUT = 5  # one sample in five is the central test set
 
@@ -88,6 +92,53 @@ def load_parquet_data(
     return _hold_out(path.stem, joined, targets, keys, seed)
 
 
+class _ArraysOnly(pickle.Unpickler):
+    """Reads the pickles of CIFAR's authors: numbers and arrays, and nothing that could run."""
+
+    ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
+        ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
+        ("numpy._core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        ("_codecs", "encode"): codecs.encode,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Only what arrays are made of."""
+        try:
+            return self.ALLOWED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a data set") from None
+
+
+def load_cifar_data(folder: Path, seed: int = 0) -> FederatedData:
+    """CIFAR-10 or CIFAR-100 from its "python version": float32 [N, 3, 32, 32] in [0, 1].
+
+    The files are pickles; they are read by an unpickler that knows numbers and arrays only.
+
+    Raises:
+        CapabilityError: no such folder. DataError: damaged, or holding anything else.
+    """
+    del seed  # the data set has its own split
+    ten = sorted(folder.glob("data_batch_*"))
+    train = [_cifar_batch(path) for path in ten or [folder / "train"]]
+    test_inputs, test_targets = _cifar_batch(folder / ("test_batch" if ten else "test"))
+    targets = np.concatenate([labels for _, labels in train])
+    return FederatedData(
+        name=folder.name,
+        inputs=np.concatenate([pixels for pixels, _ in train]),
+        targets=targets,
+        test_inputs=test_inputs,
+        test_targets=test_targets,
+        classes=int(max(targets.max(), test_targets.max())) + 1,
+    )
+
+
+def with_clients(data: FederatedData, table: Path) -> FederatedData:
+    """The data with clients from a table of client and index (row of the training samples)."""
+    return dataclasses.replace(data, keys=load_client_csv(table, len(data.targets)))
+
+
 def from_torch(
     dataset: torch.utils.data.Dataset[Any],
     keys: Sequence[Any] | None = None,
@@ -112,6 +163,20 @@ def from_torch(
         raise ConfigError("dataset", str(error), "(input, target) pairs of one shape") from None
     own = None if keys is None else np.asarray(keys)
     return _hold_out(name, inputs, targets, own, seed)
+
+
+def _cifar_batch(path: Path) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    must_exist(path)
+    try:
+        with path.open("rb") as file:
+            batch = _ArraysOnly(file, encoding="bytes").load()
+        pixels = np.asarray(batch[b"data"], dtype=np.float32).reshape(-1, 3, 32, 32) / 255.0
+        names = (b"labels", b"fine_labels")
+        labels = next(batch[name] for name in names if name in batch)
+    except (pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError, StopIteration,
+            AttributeError, ImportError, IndexError) as error:  # fmt: skip
+        raise DataError(str(path), f"is no CIFAR batch ({error})", "Fetch it again") from error
+    return pixels.astype(np.float32), np.asarray(labels, dtype=np.int64)
 
 
 def _hold_out(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,26 @@ from raysys.federated.core.fedavg import FedAvg, QFedAvg
 from raysys.federated.core.fedbuff import AsyncConfig, FedBuff
 from raysys.federated.core.local import LocalConfig
 from raysys.federated.core.messages import ScreenConfig
-from raysys.federated.core.model import Cnn, FromFactory, Mlp, ModelSpec, Task
-from raysys.federated.core.own_data import load_npz_data, load_parquet_data
+from raysys.federated.core.model import (
+    Cnn,
+    ContextMlp,
+    EmbeddingBag,
+    FromFactory,
+    Mlp,
+    ModelSpec,
+    Task,
+)
+from raysys.federated.core.natural_data import (
+    load_leaf_data,
+    load_movielens_data,
+    load_shakespeare_data,
+)
+from raysys.federated.core.own_data import (
+    load_cifar_data,
+    load_npz_data,
+    load_parquet_data,
+    with_clients,
+)
 from raysys.federated.core.partition import PartitionConfig, partition
 from raysys.federated.core.population import Population
 from raysys.federated.core.privacy import PrivacyConfig, PrivateAvg
@@ -32,8 +51,17 @@ from raysys.federated.core.scaffold import Scaffold
 from raysys.federated.core.server import OPTIMIZERS, Adam, Averaging, Momentum, ServerOptimizer
 from raysys.federated.core.strategy import Strategy
 
-DATA = ("digits", "mnist", "fashion-mnist", "npz", "parquet")
-FOLDERS = {"mnist": "mnist-t10k", "fashion-mnist": "fashion-mnist"}
+OWN = ("npz", "parquet", "leaf", "cifar")
+DATA = ("digits", "mnist", "fashion-mnist", "shakespeare", "movielens", *OWN)
+FOLDERS = {
+    "mnist": "mnist-t10k",
+    "fashion-mnist": "fashion-mnist",
+    "shakespeare": "tinyshakespeare/input.txt",
+    "movielens": "ml-latest-small",
+}
+
+
+KINDS = ("linear", "mlp", "cnn", "bag", "context", "factory")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,20 +71,26 @@ class DataConfig:
     Args:
         name: "digits" (packaged), "mnist" and "fashion-mnist" (files in the data folder), "npz"
             (your own archive at ``path``; arrays ``inputs``, ``targets``, optionally ``client``),
-            or "parquet" (your own table at ``path``; a column ``target``, optionally ``client``).
+            "parquet" (your own table at ``path``; a column ``target``, optionally ``client``),
+            "leaf" (LEAF's JSON at ``path``), "cifar" (a folder of CIFAR's python batches),
+            "shakespeare" (speakers) or "movielens" (raters; both files in the data folder).
+        clients_csv: table with columns client and index that deals your own samples to clients.
         side: side of the images after pooling, for the image sets.
         train: keep a seeded subset of Fashion-MNIST's training samples; None keeps all.
     """
 
     name: str = "digits"
     path: str | None = None
+    clients_csv: str | None = None
     side: int = 14
     train: int | None = None
 
     def __post_init__(self) -> None:
         check_choice(self, "name", DATA)
-        own = self.name in ("npz", "parquet")
-        check(self, "path", own == (self.path is not None), "a path for npz and parquet only")
+        own = self.name in OWN
+        check(self, "path", own == (self.path is not None), f"a path, for {OWN} only")
+        fits = own or self.clients_csv is None
+        check(self, "clients_csv", fits, f"a table of clients, for {OWN} only")
         check_range(self, "side", 1)
         if self.train is not None:
             check_range(self, "train", 1)
@@ -67,19 +101,22 @@ class ModelConfig:
     """Which model.
 
     Args:
-        kind: "linear", "mlp", "cnn", or "factory" for a module of your own.
-        hidden: sizes of hidden layers. channels: channels of the convolution blocks.
+        kind: "linear", "mlp", "cnn", "bag" or "context" (embeddings of tokens, averaged or side by
+            side), or "factory" for a module of your own.
+        dim: size of an embedding. hidden: sizes of hidden layers.
+        channels: channels of the convolution blocks.
         factory: ``"package.module:function"``. arguments: keyword arguments of it.
     """
 
     kind: str = "mlp"
     hidden: tuple[int, ...] = (64,)
     channels: tuple[int, ...] = (8, 16)
+    dim: int = 8
     factory: str | None = None
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_choice(self, "kind", ("linear", "mlp", "cnn", "factory"))
+        check_choice(self, "kind", KINDS)
         check(self, "factory", (self.kind == "factory") == bool(self.factory), "a factory name")
 
     def spec(self, data: FederatedData) -> ModelSpec:
@@ -97,6 +134,13 @@ class ModelConfig:
             return ModelSpec(
                 architecture=FromFactory(factory=self.factory, arguments=pairs), task=task
             )
+        if (self.kind in ("bag", "context")) != bool(data.vocabulary):
+            expected = "bag or context" if data.vocabulary else "a model of numbers, not tokens"
+            raise ConfigError("model.kind", self.kind, f"{expected} for this data")
+        if self.kind in ("bag", "context"):
+            return ModelSpec(
+                architecture=self._embedding(data.vocabulary, shape[0], out), task=task
+            )
         if self.kind == "cnn":
             if len(shape) != 3:
                 raise ConfigError("model.kind", "cnn", "mlp or linear for samples of this shape")
@@ -106,6 +150,14 @@ class ModelConfig:
             return ModelSpec(architecture=cnn, task=task)
         inner = self.hidden if self.kind == "mlp" else ()
         return ModelSpec(architecture=Mlp(sizes=(int(np.prod(shape)), *inner, out)), task=task)
+
+    def _embedding(self, vocabulary: int, context: int, out: int) -> EmbeddingBag | ContextMlp:
+        if self.kind == "bag":
+            return EmbeddingBag(vocabulary=vocabulary, dim=self.dim, classes=out)
+        hidden = self.hidden[0] if self.hidden else 64
+        return ContextMlp(
+            vocabulary=vocabulary, context=context, dim=self.dim, hidden=hidden, classes=out
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,7 +232,9 @@ class FederatedConfig:
         check(self, "devices", exact, "overcommit 1 with central privacy", "Else q is not q")
 
 
-def load_data(config: DataConfig, seed: int, folder: Path | None) -> FederatedData:
+def load_data(  # noqa: PLR0911
+    config: DataConfig, seed: int, folder: Path | None
+) -> FederatedData:
     """Load the samples; ``folder`` is the machine's data folder, or None.
 
     Raises:
@@ -188,12 +242,11 @@ def load_data(config: DataConfig, seed: int, folder: Path | None) -> FederatedDa
     """
     if config.name == "digits":
         return load_digits_data(seed, image=True)
-    if config.name == "npz":
-        assert config.path is not None
-        return load_npz_data(Path(config.path), seed)
-    if config.name == "parquet":
-        assert config.path is not None
-        return load_parquet_data(Path(config.path), seed=seed)
+    if config.path is not None:
+        loaded = _OWN_LOADERS[config.name](Path(config.path), seed)
+        if config.clients_csv is None:
+            return loaded
+        return with_clients(loaded, Path(config.clients_csv))
     if folder is None:
         raise CapabilityError(
             f"data set {config.name}", "there is no data folder on this machine",
@@ -202,7 +255,23 @@ def load_data(config: DataConfig, seed: int, folder: Path | None) -> FederatedDa
     place = folder / FOLDERS[config.name]
     if config.name == "mnist":
         return load_mnist_data(place, seed, config.side)
-    return load_fashion_data(place, seed, config.side, config.train)
+    if config.name == "fashion-mnist":
+        return load_fashion_data(place, seed, config.side, config.train)
+    if config.name == "movielens":
+        return load_movielens_data(place, seed)
+    return load_shakespeare_data(place, seed)
+
+
+def _load_parquet(path: Path, seed: int) -> FederatedData:
+    return load_parquet_data(path, seed=seed)
+
+
+_OWN_LOADERS: dict[str, Callable[[Path, int], FederatedData]] = {
+    "npz": load_npz_data,
+    "parquet": _load_parquet,
+    "leaf": load_leaf_data,
+    "cifar": load_cifar_data,
+}
 
 
 def make_population(config: FederatedConfig, data: FederatedData) -> Population:

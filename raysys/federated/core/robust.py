@@ -84,7 +84,8 @@ def centre(updates_UP: npt.NDArray[np.float32], config: RobustConfig) -> npt.NDA
     if n == 0:
         raise ConfigError("updates", 0, "at least one")
     if config.rule == "median":
-        return np.median(updates_UP.astype(np.float64), axis=0)
+        median_P: npt.NDArray[np.float64] = np.median(updates_UP.astype(np.float64), axis=0)
+        return median_P
     cut = int(config.trim * n)
     kept = np.sort(updates_UP.astype(np.float64), axis=0)[cut : n - cut]
     centre_P: npt.NDArray[np.float64] = kept.mean(axis=0)

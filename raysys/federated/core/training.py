@@ -29,6 +29,7 @@ from raysys.federated.core.ladder import (
 from raysys.federated.core.messages import IntArray, Partial, Status, TrainTask
 from raysys.federated.core.model import layout_of
 from raysys.federated.core.population import Population
+from raysys.federated.core.program import Ran, run_programs
 from raysys.federated.core.randomness import KeyedStreams, Purpose, generator, torch_seed
 from raysys.federated.core.sketch import sketch_rows
 from raysys.federated.core.updates import GroupedUpdates
@@ -63,9 +64,15 @@ def train_task(
     check_layout(layout_of(task.spec), weights)
     if task.models != len(weights):
         raise ConfigError("weights", len(weights), f"{task.models} stacked models")
-    fold = _TaskFold(task, population.counts(clients), weights.shape[1])
+    fold = TaskFold(task, population.counts(clients), weights.shape[1])
     streams = KeyedStreams(task.seed, Purpose.BATCHES, task.round_id)
     for places in cut_chunks(fold.n_samples, task.local, task.chunk_size):
+        if task.rung == "program":
+            ran = run_programs(
+                task.spec, weights, task.rows[places], clients[places], task.round_id
+            )
+            fold.add_programs(places, ran)
+            continue
         batches = draw_batches(population, clients[places], task.local, streams)
         rows = torch.from_numpy(task.rows[places])
         drift = None if controls_kP is None else read_only_tensor(controls_kP)[places]
@@ -79,8 +86,13 @@ def train_task(
     return fold.result()
 
 
-class _TaskFold:
-    """Accumulates chunks of a task."""
+class TaskFold:
+    """Screens and sums the updates of a task's clients, chunk by chunk.
+
+    Args:
+        counts: samples of each client, int64 [k]; those without any count as empty.
+        n_params: P.
+    """
 
     def __init__(self, task: TrainTask, counts: IntArray, n_params: int) -> None:
         k = len(task.clients)
@@ -139,6 +151,25 @@ class _TaskFold:
             steps = np.array([(np.array(active) > i).sum() for i in range(len(places))])
             scale = torch.from_numpy((-1.0 / (steps * task.local.lr)).astype(np.float32))
             self._controls[places] = (delta * scale.unsqueeze(1)).numpy()
+
+    def add_programs(self, places: IntArray, ran: Ran) -> None:
+        """Screen and add clients that ran code of their own; they say how many samples they used.
+
+        Raises:
+            ConfigError: a strategy that needs to know how a client trained.
+        """
+        if self._task.feedback.controls or self._task.feedback.weighting == "loss":
+            raise ConfigError("server", "scaffold or qfedavg", "another server for client programs")
+        self.n_samples[places] = ran.n_samples
+        good = np.flatnonzero(~ran.failed)
+        if len(good):
+            kept = Trained(ran.delta[good], ran.loss_first[good], ran.loss_last[good])
+            self.add(places[good], kept, None, [])
+        self.mark(places[ran.failed], Status.FAILED)
+
+    def mark(self, places: IntArray, status: Status) -> None:
+        """Say what became of clients that gave no update."""
+        self._status[places] = status
 
     def result(self) -> Partial:
         """The finished partial."""

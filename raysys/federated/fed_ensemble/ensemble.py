@@ -126,7 +126,7 @@ class FedEnsemble:
 
     def local_config(self, round_id: int) -> LocalConfig:
         """That of the inner lines."""
-        return self.lines[0].local
+        return self.lines[0].local_config(round_id)
 
     def accept(self, client: int, model: int) -> None:
         """Count an accepted update of ``model`` by ``client``."""
