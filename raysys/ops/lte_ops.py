@@ -22,7 +22,8 @@ from raysys.ops.lte_crossover import Crossover, crossover_of
 from raysys.ops.lte_native import NativeLayer, library
 
 _LOG = logging.getLogger(__name__)
-_LIBRARY = torch.library.Library("raysys_lte", "DEF")
+_torch_library: Any = torch.library
+_LIBRARY = _torch_library.Library("raysys_lte", "DEF")
 _WEIGHTS = "Tensor w_in, Tensor w_out, Tensor? bias"
 _LIBRARY.define(
     f"ffn(Tensor x, {_WEIGHTS}, Tensor wr, Tensor? br, float threshold, str kind) -> Tensor"
@@ -66,6 +67,22 @@ class Paths:
 
 
 PATHS = Paths()
+_offset = [0.0]
+
+
+def set_offset(offset: float) -> None:
+    """Move the threshold of every layer of this process by ``offset`` logits (a server's budget).
+
+    Read when an operator runs, so that compiled graphs follow it too.
+    """
+    _offset[0] = offset
+
+
+def offset() -> float:
+    """What :func:`set_offset` was given last."""
+    return _offset[0]
+
+
 _layers: dict[Any, tuple[NativeLayer, Crossover]] = {}
 
 
@@ -95,6 +112,14 @@ def prepared(
     return found
 
 
+def forget(layer: NativeLayer) -> None:
+    """Read the crossover of layers like this one again at their next call."""
+    shape = (layer.struct.d, layer.struct.f, layer.struct.n)
+    for key, (known, _) in list(_layers.items()):
+        if (known.struct.d, known.struct.f, known.struct.n) == shape:
+            del _layers[key]
+
+
 def release() -> None:
     """Forget all prepared layers, so that their weights can be freed."""
     _layers.clear()
@@ -115,6 +140,7 @@ def _ffn_cpu(
     rows = layer.rows(x)
     count, experts = rows.shape[0], wr.shape[0]
     most = crossover.most(count, experts, threads())
+    threshold += _offset[0]
     if most >= count * experts:
         y, active = layer.ffn(rows, threshold, threads())
         PATHS.count(count, experts, active, dense=False)
@@ -132,7 +158,7 @@ def _ffn_torch(
     threshold: float, kind: str,
 ) -> Tensor:  # fmt: skip
     gated = _gated(w_in, w_out)
-    return reference.ffn(x, w_in, w_out, bias, wr, br, threshold, kind, gated=gated)
+    return reference.ffn(x, w_in, w_out, bias, wr, br, threshold + _offset[0], kind, gated=gated)
 
 
 def _gated(w_in: Tensor, w_out: Tensor) -> bool:

@@ -79,8 +79,8 @@ def masked(
     """The FFN [T, D] with only the experts of ``mask_TN``; every expert computed, then masked."""
     a = hidden(x, w_in, bias, kind, gated=gated)
     size = a.shape[1] // mask_TN.shape[1]
-    a = (a.unflatten(1, (-1, size)) * mask_TN.to(a.dtype).unsqueeze(-1)).flatten(1)
-    return a @ w_out
+    a_TNE = a.reshape(len(a), -1, size) * mask_TN.to(a.dtype).unsqueeze(-1)
+    return a_TNE.reshape(len(a), -1) @ w_out
 
 
 def ffn(

@@ -1,0 +1,1 @@
+"""LTE on Ray and in vLLM."""
