@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -244,6 +246,19 @@ class Swan:
                 "notes": list(self.topology.notes),
                 "engine_moves": self.moves,
             }
+
+    def typical_step(self) -> tuple[float, float]:
+        """Median seconds and joules of a step on the present choice; NaN before there are any."""
+        with self._guard:
+            stats = (
+                self.pilot.profile.stats.get(self.pilot.choice.counts)
+                if (self.pilot.choice is not None)
+                else None
+            )
+            if stats is None or not stats.seconds:
+                return math.nan, math.nan
+            joules = statistics.median(stats.joules) if stats.joules else math.nan
+            return stats.median, joules
 
     def _paused(self) -> bool:
         return self._asked_to_pause or self.pilot.choice is None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -184,7 +183,7 @@ def unpack_weights(
 
     try:
         arrays = unpack_arrays(content, peer)
-    except DataError as error:
+    except (DataError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
         raise refuse(str(error)) from error
     weights = arrays.get("weights")
     wanted = (layout_of(spec).n_params,)
@@ -217,8 +216,9 @@ def unpack_update(
     if row is None or row.dtype != np.float64 or row.shape != (len(FACTS),):
         raise DataError(peer, f"facts are not float64 ({len(FACTS)},)", "")
     facts = dict(zip(FACTS, (float(value) for value in row)))
-    if not 1 <= facts["n_samples"] <= 1e9 or not math.isfinite(facts["n_samples"]):
-        raise DataError(peer, f"claims {facts['n_samples']} samples", "")
+    for name, least in (("n_samples", 1.0), ("steps", 0.0)):
+        if not least <= facts[name] <= 1e9:
+            raise DataError(peer, f"claims {name} {facts[name]}", "")
     return delta, facts
 
 

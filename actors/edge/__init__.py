@@ -1,0 +1,1 @@
+"""Federated training on devices that are plain processes: server, client, simulated fleet."""
