@@ -25,8 +25,12 @@ def build_ensemble(
     """A job whose strategy is an ensemble of the recipe's model lines.
 
     Raises:
-        ConfigError: SCAFFOLD inside an ensemble: its control variates belong to one model.
+        ConfigError: SCAFFOLD inside an ensemble: its control variates belong to one model; privacy
+            or asynchronous rounds, which need the sampling of one line.
     """
+    for name in ("privacy", "asynchronous"):
+        if getattr(config, name) is not None:
+            raise ConfigError(f"recipe.{name}", "set", "none in an ensemble")
     if config.server.name == "scaffold":
         raise ConfigError("recipe.server.name", "scaffold", "another server in an ensemble")
     make_inner = functools.partial(make_line, config, spec)

@@ -93,6 +93,20 @@ class RoundReport:
     busy_s: float = 0.0
     duration_s: float = 0.0
 
+    def of_model(self, model_id: int) -> RoundReport:
+        """The report with single updates of one model only, for a strategy of several lines."""
+        table = self.table
+        if table.updates is None or table.update_row is None or table.update_weight is None:
+            return self
+        own = table.update_row == model_id
+        mine = dataclasses.replace(
+            table,
+            updates=table.updates[own],
+            update_weight=table.update_weight[own],
+            update_row=table.update_row[own],
+        )
+        return dataclasses.replace(self, table=mine)
+
 
 @runtime_checkable
 class SelectsDevices(Protocol):

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raysys.config import check, check_range
+from raysys.config import check, check_choice, check_range
 from raysys.errors import ConfigError
 from raysys.federated.core.aggregation import ModelSum
 from raysys.federated.core.fedavg import FedAvg
 from raysys.federated.core.local import LocalConfig
 from raysys.federated.core.messages import FeedbackSpec, IntArray
-from raysys.federated.core.model import FlatWeights, ModelSpec
+from raysys.federated.core.model import FlatWeights, ModelSpec, layout_of
 from raysys.federated.core.randomness import Purpose, generator
 from raysys.federated.core.strategy import Assignment, Demand, JobFacts, RoundReport, StateArrays
 from raysys.federated.fed_ensemble.schedule import PermutationSchedule
@@ -38,6 +38,8 @@ class EnsembleConfig:
         warm_rounds: rounds in which only one model trains before all K start from it, each with
             its own perturbation; 0 starts all independently.
         perturbation: standard deviation of that perturbation, relative to the model's own.
+        share: "none", or "trunk": all tensors but the last two are one trunk that every client
+            trains, under K heads. Cheaper to store, and its uncertainty is weaker.
     """
 
     k: int = 3
@@ -45,11 +47,13 @@ class EnsembleConfig:
     members: tuple[int, ...] | None = None
     warm_rounds: int = 0
     perturbation: float = 0.1
+    share: str = "none"
 
     def __post_init__(self) -> None:
         check_range(self, "k", 1)
         check_range(self, "warm_rounds", 0)
         check_range(self, "perturbation", 0, 10)
+        check_choice(self, "share", ("none", "trunk"))
         if self.members is not None:
             check(self, "members", len(self.members) == self.k, f"{self.k} seeds")
             different = len(set(self.members)) == len(self.members)
@@ -77,6 +81,7 @@ class FedEnsemble:
         self._placed: dict[int, int] = {}
         self._counts = np.zeros(config.k, dtype=np.int64)
         self._coverage = np.zeros((0, 0), dtype=np.int64)
+        self._folded: dict[int, ModelSum] = {}
 
     @property
     def schedule(self) -> PermutationSchedule:
@@ -91,6 +96,10 @@ class FedEnsemble:
         members = self.config.members or tuple(range(self.config.k))
         for member, line in zip(members, self.lines):
             line.start(dataclasses.replace(facts, member=member))
+        if self.config.share == "trunk":
+            trunk = self.lines[0].weights(0)[: self._trunk]
+            for line in self.lines[1:]:
+                line.reset(np.concatenate([trunk, line.weights(0)[self._trunk :]]))
         n = facts.population.n_clients
         self._schedule = PermutationSchedule(self.config.k, n, facts.seed, self.config.strata)
         rows = self.config.strata if isinstance(self.config.strata, int) else n
@@ -158,8 +167,8 @@ class FedEnsemble:
         return None
 
     def fold(self, round_id: int, model_id: int, total: ModelSum) -> None:
-        """Hand the sums to the model's line."""
-        self.lines[model_id].fold(round_id, 0, total)
+        """Keep the sums of a model until the round closes."""
+        self._folded[model_id] = total
 
     def close(self, round_id: int, report: RoundReport) -> None:
         """Server step of every line; a model that got nothing stays as it is."""
@@ -169,8 +178,13 @@ class FedEnsemble:
             clients = table.clients[table.ok]
             placed = [self._placed[client] for client in clients.tolist()]
             self.accept_many(clients, np.array(placed, dtype=np.int64))
-        for line in self.lines:
-            line.close(round_id, report)
+        folded, self._folded = self._folded, {}
+        if self.config.share == "trunk" and folded:
+            folded = _share_trunk(folded, self._trunk, self.config.k)
+        for member, line in enumerate(self.lines):
+            if member in folded:
+                line.fold(round_id, 0, folded[member])
+            line.close(round_id, report.of_model(member))
         if not warm:
             self.schedule.close_round(self._counts)
         self._mend(round_id)
@@ -234,6 +248,11 @@ class FedEnsemble:
         self.schedule.load(_strip(state, "schedule."))
         self._coverage = np.array(state["coverage"], dtype=np.int64)
 
+    @property
+    def _trunk(self) -> int:
+        """Number of leading parameters that a shared trunk holds."""
+        return sum(layout_of(self.spec).sizes[:-2])
+
     def _mend(self, round_id: int) -> None:
         for member in range(self.config.k):
             if not np.isfinite(self.weights(member)).all():
@@ -248,6 +267,23 @@ class FedEnsemble:
         rng = generator(self._seed, Purpose.INITIALISATION, round_id + 1, member)
         scale = self.config.perturbation * float(values.std())
         return values + rng.standard_normal(len(values), dtype=np.float32) * np.float32(scale)
+
+
+def _share_trunk(folded: Mapping[int, ModelSum], trunk: int, k: int) -> dict[int, ModelSum]:
+    """Give every model the trunk's mean over all clients; its head stays its own clients'."""
+    weight = sum(total.weight for total in folded.values())
+    if weight <= 0:
+        return dict(folded)
+    width = len(next(iter(folded.values())).delta)
+    mean = sum(total.delta[:trunk] for total in folded.values()) / weight
+    shared = {}
+    for member in range(k):
+        own = folded.get(member)
+        if own is None or own.weight <= 0:  # its head stays where it is
+            own = ModelSum(np.zeros(width), 1.0)
+        delta = np.concatenate([mean * own.weight, own.delta[trunk:]])
+        shared[member] = dataclasses.replace(own, delta=delta)
+    return shared
 
 
 def _strip(state: Mapping[str, npt.NDArray[Any]], prefix: str) -> dict[str, npt.NDArray[Any]]:
