@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from actors.ccs import coverage_tasks, row_finder, train_many
 from jobs.coreset.source import SourceConfig
 from jobs.launcher import Job, JobContext, Summary
 from raysys.config import check, check_range
 from raysys.errors import DataError
-from raysys.report import Plot, Section, Table, new_figure, render_page
+from raysys.report import Plot, Section, Table, new_figure, render_page, series_color
+from raysys.report.figures import INK
 from raysys.training.ccs.baselines import HardestFirst, Random
 from raysys.training.ccs.coreset import Coreset
 from raysys.training.ccs.proxy import ProxyConfig
@@ -22,6 +25,7 @@ from raysys.training.ccs.store import read_scores, split
 from raysys.training.ccs.table import ScoreTable
 
 REPORT = "report.html"
+_ROUNDING = 1e-6  # of a stratum's width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,8 +69,10 @@ def run(config: ReportConfig, context: JobContext) -> Summary:
         result["accuracy"] = _accuracy(config, table, coreset)
         lines.append(_line("test accuracy", result["accuracy"], ".4f"))
     score = str(coreset.manifest.get("score", "aum"))
+    edges = strata_edges(coreset.manifest)
+    plot = kept_plot(table, {"coreset": coreset.ids}, score, edges)
     sections = [
-        Section(title="What was kept", plots=[kept_plot(table, {"coreset": coreset.ids}, score)]),
+        Section(title="What was kept", plots=[plot]),
         Section(title="Figures", tables=[_table(result)]),
     ]
     context.run.write_json("result.json", result)
@@ -75,16 +81,27 @@ def run(config: ReportConfig, context: JobContext) -> Summary:
     return Summary(lines=lines, report=REPORT)
 
 
-def kept_plot(table: ScoreTable, kept: dict[str, Any], score: str = "aum") -> Plot:
-    """Histogram of a score over all examples and over what each selection keeps."""
+def kept_plot(
+    table: ScoreTable,
+    kept: dict[str, Any],
+    score: str = "aum",
+    edges: Sequence[float] = (),
+) -> Plot:
+    """Histogram of a score over all examples and over what each selection keeps.
+
+    Args:
+        edges: inner edges of equal-width strata; without them the bars are a fiftieth of the range.
+    """
     figure, axes = new_figure()
     values = table.score(score)
-    bins = np.linspace(float(values.min()), float(values.max()) + 1e-12, 51)
-    axes.hist(values, bins=bins, histtype="step", label=f"all {len(values)}")
-    for name, ids in kept.items():
-        axes.hist(values[table.rows_of(ids)], bins=bins, alpha=0.5, label=name)
+    bins = _bins(values, edges)
+    # The distribution is a line in the text's colour, so that it shows beside any filled series.
+    axes.hist(values, bins=bins, histtype="step", color=INK, label=f"all {len(values)}")
+    for index, (name, ids) in enumerate(kept.items()):
+        color = series_color(index)
+        axes.hist(values[table.rows_of(ids)], bins=bins, color=color, alpha=0.55, label=name)
     axes.set_yscale("log")
-    axes.set_xlabel(f"{score} (one bar per stratum)")
+    axes.set_xlabel(f"{score} (one bar per stratum)" if len(edges) else score)
     axes.set_ylabel("examples")
     axes.legend()
     return Plot(
@@ -92,6 +109,28 @@ def kept_plot(table: ScoreTable, kept: dict[str, Any], score: str = "aum") -> Pl
         caption="CCS keeps sparse strata nearly whole, thins dense ones, and drops the hardest.",
         figure=figure,
     )
+
+
+def _bins(values: NDArray[np.float64], edges: Sequence[float]) -> NDArray[np.float64]:
+    """The strata's edges, carried on at the same width over what the cutoff removed."""
+    low, high = float(values.min()), float(values.max())
+    if len(edges) < 2:
+        return np.linspace(low, high + 1e-12, 51)
+    width = float(edges[1] - edges[0])
+    below = math.ceil((edges[0] - low) / width - _ROUNDING)
+    above = math.ceil((high - edges[-1]) / width - _ROUNDING)
+    steps = np.arange(-below, len(edges) + above)
+    bins = np.interp(steps, np.arange(len(edges)), edges)
+    bins = np.where(steps < 0, edges[0] + steps * width, bins)
+    bins = np.where(steps >= len(edges), edges[-1] + (steps - len(edges) + 1) * width, bins)
+    return np.concatenate([[min(low, bins[0])], bins[1:-1], [max(high, bins[-1])]])
+
+
+def strata_edges(manifest: Mapping[str, Any]) -> Sequence[float]:
+    """Inner edges where all examples share one set of equal-width strata; else none."""
+    groups = manifest["strata"]["edges"]
+    plain = len(groups) == 1 and manifest["config"]["edges"] == "width"
+    return groups[0] if plain else ()
 
 
 def _coverage(config: ReportConfig, table: ScoreTable, coreset: Coreset) -> dict[str, float]:

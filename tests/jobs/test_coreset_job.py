@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from actors.session import Session
+from jobs.coreset import report
 from jobs.coreset.__main__ import command_line
 from jobs.coreset.report import ReportConfig
 from jobs.coreset.score import ScoreConfig
@@ -20,8 +21,10 @@ from jobs.launcher import JobContext
 from raysys.errors import ConfigError, DataError, StorageError
 from raysys.runs import RunDirectory
 from raysys.training.ccs.auto_beta import AutoBetaConfig
-from raysys.training.ccs.coreset import Coreset
+from raysys.training.ccs.coreset import Coreset, save_coreset
 from raysys.training.ccs.proxy import ProxyConfig
+from raysys.training.ccs.selection import SelectionConfig, select_ccs
+from raysys.training.ccs.table import ScoreTable
 
 PROXY = ProxyConfig(channels=(4, 8, 8), iterations=30, score_iterations=60, batch=64)
 
@@ -178,3 +181,17 @@ def test_command_line_without_a_command(capsys: pytest.CaptureFixture[str]) -> N
     assert "raysys coreset score" in capsys.readouterr().out
     assert command_line(["select", "--set", "alpha=0.9"]) == 2
     assert "scores" in capsys.readouterr().err
+
+
+def test_each_bar_of_the_report_is_a_stratum(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    table = ScoreTable(np.arange(2000), {"aum": rng.normal(size=2000)}, None)
+    config = SelectionConfig(beta=0.1, strata=20)
+    selection = select_ccs(table, 300, config)
+    saved = save_coreset(str(tmp_path / "coreset"), selection, config)
+    edges = report.strata_edges(saved.manifest)
+    bins = report._bins(table.score("aum"), edges)
+    counts, _ = np.histogram(table.score("aum")[table.rows_of(saved.ids)], bins)
+    assert counts[-20:].tolist() == selection.quotas.tolist()
+    assert counts[:-20].sum() == 0
+    assert report.kept_plot(table, {"coreset": saved.ids}, "aum", edges).figure.axes
