@@ -69,7 +69,7 @@ def by_method(rows: Rows) -> dict[str, Rows]:
 
 
 def _table(rows: Rows) -> Table:
-    lines = []
+    lines: list[list[str | Cell]] = []
     for method, some in by_method(rows).items():
         points = [100 * row["accuracy"] for row in some]
         spread = statistics.stdev(points) if len(points) > 1 else 0.0
