@@ -57,6 +57,7 @@ class AffinityTable:
         self._reward = np.zeros((0, 1), dtype=np.float32)
         self._label = np.zeros((0, 1), dtype=np.int8)
         self._tried = np.zeros((0, 1), dtype=bool)
+        self._placed = np.zeros(0, dtype=np.uint8)
         self._seen = np.zeros(0, dtype=np.int32)
         self._strikes = np.zeros(0, dtype=np.uint8)
         self._blocked = np.zeros(0, dtype=bool)
@@ -105,6 +106,22 @@ class AffinityTable:
         """Note that clients have trained in a cohort."""
         rows = self._make(clients, round_id)
         self._tried[rows, cohort] = True
+
+    def placements(self, clients: IntArray) -> IntArray:
+        """How often an anchor has placed each client, int64 [k]."""
+        rows = self._row_of[clients]
+        found = self._placed[rows] if len(self._placed) else np.zeros(len(rows))
+        return np.where(rows >= 0, found, 0).astype(np.int64)
+
+    def note_placement(self, clients: IntArray, round_id: int) -> None:
+        """Count a placement by an anchor."""
+        rows = self._make(clients, round_id)
+        self._placed[rows] = np.minimum(self._placed[rows], 254) + 1
+
+    def settle(self, clients: IntArray) -> None:
+        """Forget how often clients were placed: they are at home, and may drift again."""
+        rows = self._row_of[clients]
+        self._placed[rows[rows >= 0]] = 0
 
     def blocked(self, clients: IntArray) -> npt.NDArray[np.bool_]:
         """Which clients are on the block list."""
@@ -206,6 +223,7 @@ class AffinityTable:
         self._reward[rows] = 0.0
         self._label[rows] = NONE
         self._tried[rows] = False
+        self._placed[rows] = 0
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """All records as arrays."""
@@ -215,6 +233,7 @@ class AffinityTable:
             "reward": self._reward[:used],
             "label": self._label[:used],
             "tried": self._tried[:used],
+            "placed": self._placed[:used],
             "seen": self._seen[:used],
             "strikes": self._strikes[:used],
             "blocked": self._blocked[:used],
@@ -226,6 +245,7 @@ class AffinityTable:
         self._reward = np.array(state["reward"], dtype=np.float32)
         self._label = np.array(state["label"], dtype=np.int8)
         self._tried = np.array(state["tried"], dtype=bool)
+        self._placed = np.array(state["placed"], dtype=np.uint8)
         self._seen = np.array(state["seen"], dtype=np.int32)
         self._strikes = np.array(state["strikes"], dtype=np.uint8)
         self._blocked = np.array(state["blocked"], dtype=bool)
@@ -268,6 +288,7 @@ class AffinityTable:
         self._reward = np.vstack([self._reward, np.zeros((missing, cohorts), dtype=np.float32)])
         self._label = np.vstack([self._label, np.full((missing, cohorts), NONE, dtype=np.int8)])
         self._tried = np.vstack([self._tried, np.zeros((missing, cohorts), dtype=bool)])
+        self._placed = np.concatenate([self._placed, np.zeros(missing, dtype=np.uint8)])
         self._seen = np.concatenate([self._seen, np.zeros(missing, dtype=np.int32)])
         self._strikes = np.concatenate([self._strikes, np.zeros(missing, dtype=np.uint8)])
         self._blocked = np.concatenate([self._blocked, np.zeros(missing, dtype=bool)])

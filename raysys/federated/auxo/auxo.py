@@ -17,13 +17,14 @@ import numpy.typing as npt
 
 from raysys.errors import ConfigError
 from raysys.federated.auxo.affinity import AffinityRecord, AffinityTable
+from raysys.federated.auxo.anchor import Anchor, views_from
 from raysys.federated.auxo.cohort import Cohort, SplitReport
 from raysys.federated.auxo.config import AuxoConfig
 from raysys.federated.auxo.observer import Observer
 from raysys.federated.auxo.parts import averaged, plain, strip, subset
 from raysys.federated.auxo.placement import DECLINED, Quotas, make_quotas, rank_leaves
 from raysys.federated.auxo.tree import ROOT, CohortTree
-from raysys.federated.core.aggregation import ModelSum
+from raysys.federated.core.aggregation import ClientTable, ModelSum
 from raysys.federated.core.local import LocalConfig
 from raysys.federated.core.messages import FeedbackSpec, IntArray
 from raysys.federated.core.model import FlatWeights, ModelSpec
@@ -39,6 +40,7 @@ from raysys.federated.core.strategy import (
 
 STRIDE = 1 << 12
 TRIAL = STRIDE >> 1
+MOST_PLACEMENTS = 2
 
 
 class Auxo:
@@ -65,6 +67,7 @@ class Auxo:
         self._make_inner = make_inner
         self._table: AffinityTable | None = None
         self._facts: JobFacts | None = None
+        self._anchors: dict[int, Anchor] = {}
         self._quotas = Quotas({}, 0, 0)
         self._placed: dict[int, tuple[int, int, bool]] = {}
         self._sums: dict[int, ModelSum] = {}
@@ -114,8 +117,14 @@ class Auxo:
         clients = self._shuffled(round_id, clients)
         leaves = np.array(self.tree.leaves, dtype=np.int64)
         first, second, gap, member = self._preferences(round_id, clients, leaves)
+        unplaced = self._unplaced(clients, member)
         parts: dict[tuple[int, bool], list[int]] = {}
         for place, client in enumerate(clients.tolist()):
+            if unplaced[place] >= 0:
+                cohort = self._quotas.take_any(int(unplaced[place]))
+                if cohort != DECLINED:
+                    parts.setdefault((cohort, True), []).append(client)
+                continue
             options = int(leaves[first[place]]), int(leaves[second[place]])
             leaf = self._quotas.take(*options, float(gap[place]))
             if leaf == DECLINED:
@@ -152,11 +161,11 @@ class Auxo:
         """Feedback, server steps, splits and merges."""
         rows = np.flatnonzero(report.table.ok)
         leaves = np.array([self._placed[int(c)][0] for c in report.table.clients], dtype=np.int64)
-        for leaf in self.tree.leaves:
+        for cohort in self._anchors:
+            self._place_newcomers(round_id, report.table, cohort, rows[leaves[rows] == cohort])
+        for leaf in list(self.tree.leaves):
             self._close_leaf(round_id, report, leaf, rows[leaves[rows] == leaf])
         if not self.frozen:
-            for leaf in list(self.tree.leaves):
-                self._maybe_split(round_id, leaf)
             self._maybe_merge(round_id)
 
     def members(self) -> dict[int, float]:
@@ -245,8 +254,11 @@ class Auxo:
             parts |= {f"cohort{number}.{name}": value for name, value in cohort.state().items()}
         numbers = [self.wasted, self.explored, int(self.frozen)]
         log = json.dumps({"events": self.events}).encode()
+        for number, anchor in self._anchors.items():
+            parts |= {f"anchor{number}.{name}": value for name, value in anchor.state().items()}
         return {
             **parts,
+            "anchors": np.array(list(self._anchors), dtype=np.int64),
             "cohorts": np.array(list(self.cohorts_by_number), dtype=np.int64),
             "numbers": np.array(numbers, dtype=np.int64),
             "events": np.frombuffer(log, dtype=np.uint8).copy(),
@@ -269,6 +281,10 @@ class Auxo:
             line.load(strip(state, f"cohort{number}.line."))
             self._add_cohort(number, line, 0)
             self.cohorts_by_number[number].load(strip(state, f"cohort{number}."))
+        for number in state["anchors"].tolist():
+            anchor = strip(state, f"anchor{number}.")
+            line = self.cohorts_by_number[number].line
+            self._anchors[number] = Anchor(line, views_from(anchor))
         self.wasted, self.explored, frozen = (int(n) for n in state["numbers"])
         self.frozen = bool(frozen)
         self.events = json.loads(state["events"].tobytes())["events"]
@@ -316,6 +332,7 @@ class Auxo:
         if len(rows) and not self.frozen:
             observer = Observer(self.config, self.tree, self.table, self._log)
             observer.observe(round_id, cohort, table, rows, models, trial)
+        split = None if self.frozen else self._consider_split(round_id, cohort)
         # Where no member took part, the newcomers are the cohort.
         newcomers_only = bool(trial.all())
         kept = rows if newcomers_only else rows[~trial]
@@ -326,23 +343,73 @@ class Auxo:
             if total is not None:
                 cohort.line.fold(round_id, model, total)
         cohort.line.close(round_id, dataclasses.replace(report, table=subset(table, kept)))
+        if split is not None:
+            self._split(round_id, cohort, split)
 
-    def _maybe_split(self, round_id: int, leaf: int) -> None:
-        cohort = self.cohorts_by_number[leaf]
-        labels = self.table.state()["label"][:, leaf]
+    def _unplaced(self, clients: IntArray, member: npt.NDArray[np.bool_]) -> IntArray:
+        """Cohort whose anchor each client is to train, -1 for those that go to a leaf.
+
+        An anchor places a client without a leaf, and once more one that its leaf has refused; after
+        that the client belongs to no known part and looks for itself.
+        """
+        found = np.full(len(clients), -1, dtype=np.int64)
+        if not self._anchors or not self.config.rules.anchors:
+            return found
+        wanted = ~member.any(axis=1) & (self.table.placements(clients) < MOST_PLACEMENTS)
+        for place in np.flatnonzero(wanted).tolist():
+            at = ROOT
+            while at in self._anchors:
+                found[place] = at
+                label = int(self.table.labels(clients[place : place + 1], at)[0])
+                children = self.tree.nodes[at].children
+                at = children[label] if 0 <= label < len(children) else -1
+        return found
+
+    def _place_newcomers(
+        self, round_id: int, table: ClientTable, number: int, rows: IntArray
+    ) -> None:
+        """Label clients that trained an anchor; they are members of their part from now on."""
+        anchor = self._anchors[number]
+        children = np.array(self.tree.nodes[number].children, dtype=np.int64)
+        self.wasted += len(rows)
+        models = np.array([self._placed[int(c)][1] for c in table.clients[rows]], dtype=np.int64)
+        for model in np.unique(models).tolist():
+            if model not in anchor.views:
+                continue
+            assert table.sketch is not None
+            part = rows[models == model]
+            clients = table.clients[part]
+            labels = anchor.views[model].place(table.sketch[part].astype(np.float64))
+            self.table.set_labels(clients, number, labels, round_id)
+            self.table.note_placement(clients, round_id)
+            rewards = np.minimum(self.table.rewards(clients), 0.0)
+            rewards[np.arange(len(part)), children[labels]] = 0.1
+            self.table.set_rewards(clients, rewards, round_id)
+
+    def _consider_split(self, round_id: int, cohort: Cohort) -> Anchor | None:
+        """Decide before the server step; the anchor is what this round started from."""
+        labels = self.table.state()["label"][:, cohort.number]
         sizes = np.bincount(labels[labels >= 0], minlength=cohort.parts)[: cohort.parts]
-        report = cohort.decide(round_id, sizes, len(self.tree.leaves), cohort.participants)
-        self._reports[leaf] = report
+        leaves = len(self.tree.leaves)
+        report = cohort.decide(round_id, sizes, leaves, cohort.participants)
+        self._reports[cohort.number] = report
         if not report.go:
-            return
-        children = self.tree.split(leaf, cohort.parts, round_id + 1)
+            return None
+        anchor = cohort.anchor(self.table)
+        anchor.line = self._copy_of(cohort.line)
+        return anchor
+
+    def _split(self, round_id: int, cohort: Cohort, anchor: Anchor) -> None:
+        """Children start from the weights and optimiser of the cohort, after its server step."""
+        children = self.tree.split(cohort.number, cohort.parts, round_id + 1)
         self.table.add_cohorts(len(children))
-        self.table.inherit(leaf, children)
+        self.table.inherit(cohort.number, children)
         for child in children:
             self._add_cohort(child, self._copy_of(cohort.line), round_id + 1)
-        self._log(round_id, "split", cohort=leaf, into=children, evidence=plain(report))
-        if leaf != ROOT:  # the root's line stays: it names the job's first model
-            del self.cohorts_by_number[leaf]
+        evidence = plain(self._reports[cohort.number])
+        self._log(round_id, "split", cohort=cohort.number, into=children, evidence=evidence)
+        self._anchors[cohort.number] = anchor
+        cohort.line = anchor.line
 
     def _maybe_merge(self, round_id: int) -> None:
         if not self.config.merge_after:
@@ -366,8 +433,6 @@ class Auxo:
         self.cohorts_by_number[into].line.load(other)
         self.tree.merge(leaf, into)
         self.table.absorb(leaf, into)
-        if leaf != ROOT:
-            del self.cohorts_by_number[leaf]
         self._log(round_id, "merged", cohort=leaf, into=into, share=share)
 
     def _copy_of(self, line: Strategy) -> Strategy:

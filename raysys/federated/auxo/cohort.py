@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raysys.federated.auxo.affinity import AffinityTable
+from raysys.federated.auxo.anchor import Anchor, AnchorView
 from raysys.federated.auxo.clustering import (
     kmeans,
     leave_one_out,
@@ -96,6 +97,7 @@ class Cohort:
             maxlen=window
         )
         self._rejections: collections.deque[float] = collections.deque(maxlen=5)
+        self._last: list[View] = []
         self._literal = False
         self._low = 0
 
@@ -117,6 +119,7 @@ class Cohort:
         """Take a round's updates: learn directions, choose the number of parts, label clients."""
         self._participants.append(float(sum(len(view.clients) for view in views)))
         views = [view for view in views if len(view.clients) >= 4]
+        self._last = views
         if round_id < self._config.start_round or not views:
             return
         rng = np.random.default_rng([self._seed, self.number, round_id])
@@ -131,6 +134,26 @@ class Cohort:
         self._choose(round_id, views[largest], units[largest], table, rng)
         if self.parts:
             self._label(round_id, views, units, largest, table, rng)
+
+    def anchor(self, table: AffinityTable) -> Anchor:
+        """What a split now would leave behind: the line as this round found it, and its parts.
+
+        Call it before the line's server step.
+        """
+        views = {}
+        for view in self._last:
+            labels = table.labels(view.clients, self.number)
+            if len(np.unique(labels[labels >= 0])) < self.parts:
+                continue
+            unit = unit_rows(view.sketch)
+            raw = self._config.rules.features == "raw"
+            whole = np.eye(unit.shape[1])
+            basis = whole if raw else self._spaces[view.model].basis(self.parts)
+            points = unit @ basis
+            centroids = [points[labels == part].mean(axis=0) for part in range(self.parts)]
+            mean = view.sketch.mean(axis=0)
+            views[view.model] = AnchorView(mean, basis.copy(), np.stack(centroids))
+        return Anchor(self.line, views)
 
     def decide(
         self, round_id: int, sizes: IntArray, leaves: int, clients_per_round: float

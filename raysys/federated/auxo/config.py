@@ -24,6 +24,8 @@ class RuleConfig:
             "printed" adds every reward, undamped (published).
         probation: an update of a newcomer is not folded until its cohort has accepted one.
         loss_evidence: the loss on the received weights counts half of the reward.
+        anchors: a client without a cohort trains the weights of the last split once and is placed
+            by the result; otherwise it tries cohorts at random (published).
     """
 
     features: str = "signal"
@@ -34,6 +36,7 @@ class RuleConfig:
     propagation: str = "negative"
     probation: bool = True
     loss_evidence: bool = True
+    anchors: bool = True
 
     def __post_init__(self) -> None:
         check_choice(self, "features", ("signal", "raw"))
@@ -69,12 +72,12 @@ class AuxoConfig:
     k_max: int = 6
     max_leaves: int = 8
     gamma: float = 0.2
-    eps_0: float = 0.3
+    eps_0: float = 0.1
     eps_decay: float = 0.97
     start_round: int = 5
     stab_min: float = 0.8
     agree_min: float = 0.85
-    cover: float = 0.85
+    cover: float = 0.6
     dispersion_max: float = 0.6
     p_min: int = 10
     min_share: float = 0.1
@@ -126,6 +129,7 @@ def published(**changes: object) -> AuxoConfig:
         propagation="printed",
         probation=False,
         loss_evidence=False,
+        anchors=False,
     )
-    base = AuxoConfig(rules=rules, cover=0.0, budget="equal", merge_after=0, block=False)
+    base = AuxoConfig(rules=rules, eps_0=0.3, cover=0.0, budget="equal", merge_after=0, block=False)
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]

@@ -69,9 +69,13 @@ class SignalSpace:
 
     def project(self, units_nD: FloatArray, dims: int) -> FloatArray:
         """Coordinates [n, dims] in the leading directions."""
+        return units_nD @ self.basis(dims)
+
+    def basis(self, dims: int) -> FloatArray:
+        """The leading directions, [D, dims]."""
         if self._basis is None:
             self._basis = np.linalg.eigh(self.cross)[1][:, ::-1]
-        return units_nD @ self._basis[:, :dims]
+        return self._basis[:, :dims]
 
 
 def dispersion_terms(

@@ -18,6 +18,7 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 FAR_QUANTILE, FAR_NEEDED = 0.99, 64
 REJECTED_SHARE, REOPEN_AFTER = 0.35, 20
+SETTLED = 0.15
 
 
 class Observer:
@@ -66,6 +67,7 @@ class Observer:
             )  # fmt: skip
             self._table.set_rewards(clients, after, round_id)
             self._table.mark_tried(clients, cohort.number, round_id)
+            self._table.settle(clients[after[:, cohort.number] > SETTLED])
             self._watch(round_id, cohort, found, member)
             self._judge(round_id, cohort, clients, found, member)
         cohort.observe(round_id, views, self._table)

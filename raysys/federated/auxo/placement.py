@@ -41,6 +41,14 @@ class Quotas:
         """Devices placed so far."""
         return sum(self.placed.values())
 
+    def take_any(self, cohort: int) -> int:
+        """Place a device outside the leaves, if the demand has room for it."""
+        self.seen += 1
+        if self.total >= self.demand:
+            return DECLINED
+        self.placed[cohort] = self.placed.get(cohort, 0) + 1
+        return cohort
+
     def take(self, first: int, second: int, gap: float) -> int:
         """Leaf for one device, or DECLINED.
 

@@ -1,0 +1,63 @@
+"""The anchor of a split: how a client without a label finds its part in one participation.
+
+Updates can be compared only if they start from the same weights. So a split keeps the weights that
+its last round started from, and the centroids of that round's updates. A newcomer trains those
+weights once, like any participant, and its update falls to the nearest centroid. Ours: the paper
+sends newcomers to random cohorts, and every wrong one costs a participation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raysys.federated.auxo.clustering import nearest
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AnchorView:
+    """One model's part: mean sketch [D], basis [D, d], and centroids of the parts [K, d]."""
+
+    mean: FloatArray
+    basis: FloatArray
+    centroids: FloatArray
+
+    def place(self, sketch_nD: FloatArray) -> IntArray:
+        """Part of each update."""
+        centred = sketch_nD - self.mean
+        length = np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+        return nearest((centred / length) @ self.basis, self.centroids)
+
+
+@dataclasses.dataclass(slots=True)
+class Anchor:
+    """The frozen line of a cohort that split, and what its models' updates looked like."""
+
+    line: Any
+    views: dict[int, AnchorView]
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """The views as arrays; the line is kept with its cohort."""
+        views = {
+            f"view{model}.{field.name}": getattr(view, field.name)
+            for model, view in self.views.items()
+            for field in dataclasses.fields(view)
+        }
+        return {"models": np.array(list(self.views), dtype=np.int64), **views}
+
+
+def views_from(state: Mapping[str, npt.NDArray[Any]]) -> dict[int, AnchorView]:
+    """The views of :meth:`Anchor.state`."""
+    return {
+        model: AnchorView(
+            *(np.array(state[f"view{model}.{f.name}"]) for f in dataclasses.fields(AnchorView))
+        )
+        for model in state["models"].tolist()
+    }
