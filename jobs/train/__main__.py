@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,14 @@ from jobs.launcher import Job, JobContext, Summary, main
 from jobs.train import data
 from jobs.train.config import TrainConfig
 from jobs.train.figures import plasticity_svg
-from jobs.train.run import STATE_FILE, from_bytes, make_loop, to_bytes, train
+from jobs.train.run import STATE_FILE, all_events, from_bytes, make_loop, to_bytes, train
 from raysys.training.datasets import Split
 from raysys.training.kgt import EventLog
 from raysys.training.kgt.config import resolve
 from raysys.training.kgt.events import frozen_share, timeline
 from raysys.training.kgt.loop import TrainLoop
+
+Events = Callable[[], list[dict[str, Any]]]
 
 
 def run(config: TrainConfig, context: JobContext) -> Summary:
@@ -25,29 +29,35 @@ def run(config: TrainConfig, context: JobContext) -> Summary:
         return _dry_run(config, split)
     if config.workers > 1:
         return _parallel(config, context)
+    with tempfile.TemporaryDirectory(prefix="raysys-kgt-") as folder:
+        return _train_here(config, context, split, folder)
+
+
+def _train_here(config: TrainConfig, context: JobContext, split: Split, folder: str) -> Summary:
+    """Train in this process; a controller actor keeps its files in ``folder``."""
     saved = context.run.load_checkpoint() if context.resumed else None
     state = from_bytes(saved[1][STATE_FILE]) if saved is not None else None
     log = EventLog()
     if config.control == "actors" and config.method == "kgt":
         context.ray()
     options = {"signature": state["kgt"]["signature"]} if state is not None else {}
-    loop = make_loop(config, split, log=log, **options)
+    loop = make_loop(config, split, log=log, folder=folder, **options)
     if state is not None:
         loop.load_state_dict(state)
         log.rows = list(state["events"])
     try:
-        _train(loop, log, config, context)
-        return _finish(loop, log, split, context)
+        _train(loop, partial(all_events, log, folder), config, context)
+        return _finish(loop, all_events(log, folder), split, context)
     finally:
         loop.close()
 
 
-def _train(loop: TrainLoop, log: EventLog, config: TrainConfig, context: JobContext) -> None:
+def _train(loop: TrainLoop, events: Events, config: TrainConfig, context: JobContext) -> None:
     with context.progress("optimizer steps", total=loop.total_steps) as advance:
         advance(loop.step)
 
         def save(step: int, state: Mapping[str, Any]) -> None:
-            content = to_bytes({**state, "events": log.rows})
+            content = to_bytes({**state, "events": events()})
             context.run.save_checkpoint(step, {STATE_FILE: content})
             status = loop.kgt.status()
             context.metrics.record("training_loss", loop.last_loss, step=step)
@@ -58,11 +68,13 @@ def _train(loop: TrainLoop, log: EventLog, config: TrainConfig, context: JobCont
         train(loop, config.checkpoint_every, save, advance)
 
 
-def _finish(loop: TrainLoop, log: EventLog, split: Split, context: JobContext) -> Summary:
+def _finish(
+    loop: TrainLoop, rows: list[dict[str, Any]], split: Split, context: JobContext
+) -> Summary:
     test = data.tensors(split.test)
     accuracy = loop.accuracy(test.x, test.y)
     modules = len(loop.kgt.plan)
-    share = frozen_share(log.rows, modules, loop.total_steps)
+    share = frozen_share(rows, modules, loop.total_steps)
     result = {
         "accuracy": accuracy,
         "steps": loop.total_steps,
@@ -73,12 +85,12 @@ def _finish(loop: TrainLoop, log: EventLog, split: Split, context: JobContext) -
         "notes": loop.kgt.notes,
     }
     context.run.write_json("result.json", result)
-    context.run.append_rows("freezing", [_flat(row) for row in log.rows])
-    context.run.storage.write("freezing.svg", plasticity_svg(log.rows).encode())
+    context.run.append_rows("freezing", [_flat(row) for row in rows])
+    context.run.storage.write("freezing.svg", plasticity_svg(rows).encode())
     lines = [
         f"accuracy {accuracy:.4f} after {loop.total_steps} steps, {loop.cpu_s:.1f} CPU seconds",
         f"frozen {sum(share) / modules:.0%} of all modules and steps",
-        *timeline(log.rows, modules, loop.total_steps),
+        *timeline(rows, modules, loop.total_steps),
         *[f"note: {note}" for note in loop.kgt.notes],
     ]
     return Summary(lines=lines, report="freezing.svg")

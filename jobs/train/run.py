@@ -15,6 +15,7 @@ from jobs.train.config import TrainConfig
 from raysys.training.datasets import Split
 from raysys.training.kgt import (
     Control,
+    EventLog,
     GradientCriterion,
     KGTConfig,
     LinearSchedule,
@@ -24,16 +25,29 @@ from raysys.training.kgt import (
 )
 from raysys.training.kgt.config import resolve
 from raysys.training.kgt.controller import EventSink, ignore
+from raysys.training.kgt.events import read_events
 from raysys.training.kgt.inline import inline_control
 from raysys.training.kgt.loop import TrainLoop
 
 STATE_FILE = "training.pt"
+CONTROLLER_STATE = "controller.pkl"
+CONTROLLER_EVENTS = "controller.jsonl"
 
 
 def make_control(
-    config: TrainConfig, model: torch.nn.Module, plan: ModulePlan, steps: int, log: EventSink
+    config: TrainConfig,
+    model: torch.nn.Module,
+    plan: ModulePlan,
+    steps: int,
+    log: EventSink,
+    folder: str = "",
 ) -> Control:
-    """The controller that the method names."""
+    """The controller that the method names.
+
+    Args:
+        folder: local folder where a controller actor keeps the state that it restarts from, and
+            its events.
+    """
     if config.method == "vanilla":
         return NoFreezing()
     if config.method == "linear":
@@ -45,25 +59,36 @@ def make_control(
         return GradientCriterion(config.gradient_interval, len(plan))
     options: KGTConfig = resolve(config.kgt, steps, len(plan))
     if config.control == "actors":
-        return start_remote_control(options, model, plan, steps)
+        state, events = (
+            str(Path(folder) / name) if folder else ""
+            for name in (CONTROLLER_STATE, CONTROLLER_EVENTS)
+        )
+        return start_remote_control(options, model, plan, steps, state_path=state, log_path=events)
     return inline_control(options, model, plan, steps, log)
 
 
 def make_loop(
-    config: TrainConfig, split: Split, *, log: EventSink = ignore, **options: Any
+    config: TrainConfig, split: Split, *, log: EventSink = ignore, folder: str = "", **options: Any
 ) -> TrainLoop:
-    """A seeded model and its training loop."""
+    """A seeded model and its training loop; ``folder`` as in :func:`make_control`."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     model = network.build(config.network, split)
 
     def control(plan: ModulePlan, steps: int) -> Control:
-        return make_control(config, model, plan, steps, log)
+        return make_control(config, model, plan, steps, log, folder)
 
     options.setdefault("control", control)
     return TrainLoop(
         model, data.tensors(split.train), config.recipe, config.kgt, log=log, **options
     )
+
+
+def all_events(log: EventLog, folder: str) -> list[dict[str, Any]]:
+    """The loop's events and, where a controller actor writes its own, those, by step."""
+    path = Path(folder) / CONTROLLER_EVENTS
+    apart = read_events(path) if folder and path.exists() else []
+    return sorted([*log.rows, *apart], key=lambda row: int(row.get("step", 0)))
 
 
 def train(

@@ -21,11 +21,13 @@ from PIL import Image
 from actors.session import Session
 from jobs.launcher import main
 from jobs.train import data, network
+from jobs.train import run as train_run
 from jobs.train.__main__ import JOB
 from jobs.train.config import DataConfig, NetworkConfig, TrainConfig
 from jobs.train.run import STATE_FILE, from_bytes
 from raysys.errors import ConfigError, DataError, StorageError
 from raysys.runs import RunDirectory
+from raysys.training.kgt import EventLog, NoFreezing
 
 SMALL = [
     "recipe.epochs=3", "recipe.batch_size=128", "recipe.lr=0.02", "network.widths=[4,4,8]",
@@ -163,6 +165,30 @@ def test_network_and_data_must_fit(tmp_path: Path) -> None:
         network.build(NetworkConfig(init=str(tmp_path / "none.pt"), widths=(4,)), split)
     with pytest.raises(ConfigError, match="control"):
         TrainConfig(workers=2, control="actors")
+
+
+def test_controller_actors_keep_state_and_events_in_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def start(*arguments: Any, **options: Any) -> Any:
+        given.update(options)
+        return NoFreezing()
+
+    monkeypatch.setattr(train_run, "start_remote_control", start)
+    config = TrainConfig(control="actors", network=NetworkConfig(widths=(4, 4)))
+    split = data.load(DataConfig(), 0)
+    train_run.make_loop(config, split, folder=str(tmp_path)).close()
+    assert Path(given["state_path"]).parent == tmp_path
+    apart = EventLog(Path(given["log_path"]))
+    log = EventLog()
+    log({"event": "applied", "step": 7, "upto": 1})
+    apart({"event": "guided", "step": 2})
+    apart({"event": "freeze", "step": 6, "upto": 1})
+    rows = train_run.all_events(log, str(tmp_path))
+    assert [row["event"] for row in rows] == ["guided", "freeze", "applied"]
+    assert train_run.all_events(log, "") == log.rows
 
 
 def test_two_workers_switch_together_and_reduce_fewer_bytes(
