@@ -100,6 +100,7 @@ class DeviceAgent:
             await self.device.sleep(min(wait_s, self.device.config.most_wait_s))
         else:
             await self.errand.run(work)
+            await self.device.sleep(self.device.config.rest_s)
 
     async def _offline(self, error: RemoteError) -> None:
         """The gateway is away, or wants to see us enrolled again."""

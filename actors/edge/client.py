@@ -70,7 +70,11 @@ class EdgeClient:
 
     async def enrol(self, code: str, description: str) -> Any:
         """Enrol and return the ticket."""
-        request = pb.EnrolRequest(device_id=self._id, code=code, description=description)
+        return await self.enrol_as(self._id, code, description)
+
+    async def enrol_as(self, device_id: bytes, code: str, description: str) -> Any:
+        """Enrol one of many devices over this channel."""
+        request = pb.EnrolRequest(device_id=device_id, code=code, description=description)
         return await self._call(self._enrolment.Enrol, request)
 
     async def plan(self, work: Work, limits: PlanLimits) -> Planned:

@@ -77,6 +77,7 @@ class EdgeDeviceConfig:
         hosts: hosts that may serve plans and take updates; the server's own always may.
         rounds: stop after so many updates; 0 goes on for ever.
         most_wait_s: longest pause between check-ins, whatever the service asks for.
+        rest_s: pause after a finished task, so that a device does not take a round's next lease.
         idle_s: wait while unwilling. timeout_s: of a call. retries: of a stage, while its lease
             lives. decline_s: how long a job is shunned whose answer was refused.
     """
@@ -89,6 +90,7 @@ class EdgeDeviceConfig:
     hosts: tuple[str, ...] = ()
     rounds: int = 0
     most_wait_s: float = 900.0
+    rest_s: float = 1.0
     idle_s: float = 60.0
     timeout_s: float = 10.0
     retries: int = 20
@@ -104,6 +106,7 @@ class EdgeDeviceConfig:
         for name in ("most_wait_s", "idle_s", "timeout_s", "decline_s"):
             check_range(self, name, 0, low_open=True)
         check_range(self, "rounds", 0)
+        check_range(self, "rest_s", 0)
         check_range(self, "retries", 1)
 
     def may_call(self, endpoint: str) -> bool:

@@ -1,0 +1,1 @@
+"""Programs of the edge: join, simulate, serve, certificates."""
