@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,18 @@ from raysys.ops import fiited_abi as abi
 from raysys.training.fiited.native import NativeEngine
 from raysys.training.fiited.store import FiitedStore
 
-VERSION = 1
+VERSION = 2  # 2: the queue of candidates, numbers of the caller
 PART_BYTES = 64 * 2**20
 _LAST = 2**64 - 1
 Arrays = dict[str, npt.NDArray[Any]]
 
 
-def save(store: FiitedStore, folder: str | Path) -> dict[str, Any]:
+def save(
+    store: FiitedStore, folder: str | Path, *, extra: dict[str, int] | None = None
+) -> dict[str, Any]:
     """Write a checkpoint; an existing one at this path is replaced at the very end.
+
+    Needs the memory of one part. ``extra`` are numbers that the caller wants back at load.
 
     Returns:
         The manifest.
@@ -42,23 +47,26 @@ def save(store: FiitedStore, folder: str | Path) -> dict[str, Any]:
         CapabilityError: the reference engine has no checkpoints.
     """
     engine = _native(store)
-    target = Path(folder)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        parts = [_save_part(engine, partial, *piece) for piece in _pieces(engine)]
-        manifest = _manifest(store, engine, parts)
-        manifest["parts"].append(_save_clock(engine, partial))
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _swap(partial, target)
-    except OSError as error:
-        raise StorageError(
-            str(target), error.strerror or str(error), "Check space and rights"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return manifest
+    pieces = (_part_arrays(engine, *piece) for piece in _pieces(engine))
+    return _write(Path(folder), _manifest(store, engine, extra or {}), pieces, _clock(engine))
+
+
+class Snapshot:
+    """A copy of a store's state, taken at once, to be written while training goes on.
+
+    Taking it is one pass of memory copies (training waits that long); it needs as much memory as
+    the state itself, which pruning has made small.
+    """
+
+    def __init__(self, store: FiitedStore, extra: dict[str, int] | None = None) -> None:
+        engine = _native(store)
+        self._manifest = _manifest(store, engine, extra or {})
+        self._pieces = [_part_arrays(engine, *piece) for piece in _pieces(engine)]
+        self._clock = _clock(engine)
+
+    def write(self, folder: str | Path) -> dict[str, Any]:
+        """As :func:`save`; may run in another thread."""
+        return _write(Path(folder), self._manifest, iter(self._pieces), self._clock)
 
 
 def load(store: FiitedStore, folder: str | Path, *, owned: range | None = None) -> int:
@@ -73,20 +81,63 @@ def load(store: FiitedStore, folder: str | Path, *, owned: range | None = None) 
             names the file and the store has not changed.
         StorageError: it cannot be read.
     """
-    engine = _native(store)
-    root = Path(folder)
-    manifest = _read_manifest(root)
-    _check_fits(store, root, manifest)
-    clock, parts = _read_parts(store, root, manifest)
-    if engine.counters()["rows"]:
-        raise DataError(str(root), "the store is not empty", "Load into a new store")
     buckets = np.zeros(abi.BUCKETS, np.uint8)
     buckets[list(owned) if owned is not None else slice(None)] = 1
-    rows = 0
+    load_shards(store, [Path(folder)], buckets)
+    return int(store.engine.counters()["rows"])
+
+
+def load_shards(
+    store: FiitedStore, folders: list[Path], owned: npt.NDArray[np.uint8]
+) -> dict[str, int]:
+    """Fill an empty store with the owned buckets (u8[4096]) of a group of shards' checkpoints.
+
+    Returns:
+        The ``extra`` numbers of the first one.
+
+    Raises:
+        DataError, StorageError: as :func:`load`; also when the shards' steps differ.
+    """
+    engine = _native(store)
+    if not folders:
+        raise DataError("checkpoint", "no shard's folder", "Give a checkpoint")
+    manifests = [_read_manifest(root) for root in folders]
+    steps = {manifest.get("steps") for manifest in manifests}
+    if len(steps) > 1:
+        raise DataError(str(folders[0].parent), f"steps {sorted(map(str, steps))}", "Take one save")
+    clocks, parts = [], []
+    for root, manifest in zip(folders, manifests):
+        _check_fits(store, root, manifest)
+        clock, pieces = _read_parts(store, root, manifest)
+        clocks.append(clock)
+        parts += [_owned(store, piece, owned) for piece in pieces]
+    if engine.counters()["rows"]:
+        raise DataError(str(folders[0]), "the store is not empty", "Load into a new store")
     for entries, utils, values in parts if _fits(store, parts) else [_most_useful(store, parts)]:
-        rows += engine.import_(entries, utils, values, buckets)
-    _set_clock(store, engine, clock)
-    return rows
+        engine.import_(entries, utils, values, owned)
+    _set_clock(store, engine, clocks, owned)
+    return {name: int(value) for name, value in manifests[0].get("extra", {}).items()}
+
+
+def _write(
+    target: Path, manifest: dict[str, Any], pieces: Iterator[tuple[str, Arrays, int]], clock: Arrays
+) -> dict[str, Any]:
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        parts = [_write_arrays(partial / name, a) | {"rows": rows} for name, a, rows in pieces]
+        parts.append(_write_arrays(partial / "clock.arrow", clock) | {"rows": 0})
+        manifest = manifest | {"parts": parts}
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        _swap(partial, target)
+    except OSError as error:
+        raise StorageError(
+            str(target), error.strerror or str(error), "Check space and rights"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
 
 
 def _pieces(engine: NativeEngine) -> list[tuple[int, int, int]]:
@@ -99,27 +150,25 @@ def _pieces(engine: NativeEngine) -> list[tuple[int, int, int]]:
     return [(i, low, high - 1) for i, (low, high) in enumerate(itertools.pairwise(edges))]
 
 
-def _save_part(
-    engine: NativeEngine, folder: Path, index: int, low: int, high: int
-) -> dict[str, Any]:
+def _part_arrays(engine: NativeEngine, index: int, low: int, high: int) -> tuple[str, Arrays, int]:
     entries, utils, values = engine.export(low, high)
     arrays: Arrays = {
         "entries": entries.view(np.uint8),
         "utils": utils.reshape(-1),
         "values": values,
     }
-    return _write_arrays(folder / f"part-{index:04d}.arrow", arrays) | {"rows": len(entries)}
+    return f"part-{index:04d}.arrow", arrays, len(entries)
 
 
-def _save_clock(engine: NativeEngine, folder: Path) -> dict[str, Any]:
+def _clock(engine: NativeEngine) -> Arrays:
     integers, reals, window = engine.clock()
-    arrays: Arrays = {
+    return {
         "integers": integers,
         "reals": reals,
         "window": window,
         "sketch": engine.sketch(),
+        "queue": engine.queue().view(np.uint8),
     }
-    return _write_arrays(folder / "clock.arrow", arrays) | {"rows": 0}
 
 
 def _write_arrays(path: Path, arrays: Arrays) -> dict[str, Any]:
@@ -137,9 +186,7 @@ def _write_arrays(path: Path, arrays: Arrays) -> dict[str, Any]:
     return {"name": path.name, "bytes": data.size, "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _manifest(
-    store: FiitedStore, engine: NativeEngine, parts: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _manifest(store: FiitedStore, engine: NativeEngine, extra: dict[str, int]) -> dict[str, Any]:
     return {
         "format": "raysys-fiited",
         "version": VERSION,
@@ -152,7 +199,7 @@ def _manifest(
             {"name": t.name, "dim": t.dim, "virtual_rows": t.virtual_rows, "seed": s}
             for t, s in zip(store.tables, engine.table_seeds())
         ],
-        "parts": list(parts),
+        "extra": dict(extra),
     }
 
 
@@ -181,7 +228,7 @@ def _read_manifest(root: Path) -> dict[str, Any]:
 
 
 def _check_fits(store: FiitedStore, root: Path, manifest: dict[str, Any]) -> None:
-    ours = _manifest(store, _native(store), [])
+    ours = _manifest(store, _native(store), {})
     for name in ("mixer", "chunk", "states", "tables"):
         if manifest.get(name) != ours[name]:
             reason = f"{name} is {manifest.get(name)}, this store has {ours[name]}"
@@ -251,6 +298,17 @@ def _check_part(
         raise DataError(str(path), "NaN or infinity inside", "Use an earlier checkpoint")
 
 
+def _owned(store: FiitedStore, part: Part, owned: npt.NDArray[np.uint8]) -> Part:
+    """The rows of the owned buckets."""
+    entries, utils, values = part
+    mine = owned[(entries["key"] >> np.uint64(52)).astype(np.int64)] > 0
+    if mine.all():
+        return part
+    width = store.config.chunk * (1 + store.config.states)
+    lengths = np.bitwise_count(entries["alive"] & abi.ALIVE_MASK).astype(np.int64) * width
+    return entries[mine], np.ascontiguousarray(utils[mine]), values[np.repeat(mine, lengths)]
+
+
 def _fits(store: FiitedStore, parts: list[Part]) -> bool:
     chunks = sum(int(np.bitwise_count(e["alive"] & abi.ALIVE_MASK).sum()) for e, _, _ in parts)
     return chunks <= store.slots
@@ -271,14 +329,22 @@ def _most_useful(store: FiitedStore, parts: list[Part]) -> Part:
 
 
 def _set_clock(
-    store: FiitedStore, engine: NativeEngine, clock: dict[str, npt.NDArray[Any]]
+    store: FiitedStore, engine: NativeEngine, clocks: list[Arrays], owned: npt.NDArray[np.uint8]
 ) -> None:
+    first = clocks[0]
     engine.set_clock(
-        np.array(clock["integers"]), np.array(clock["reals"]), np.array(clock["window"])
+        np.array(first["integers"]), np.array(first["reals"]), np.array(first["window"])
     )
-    if len(clock["sketch"]) == len(engine.sketch()):  # another budget: candidates start afresh
-        engine.set_sketch(np.array(clock["sketch"]))
-    store.resume_at(int(clock["integers"][0]))
+    if len(first["sketch"]) == len(engine.sketch()):  # another budget: candidates start afresh
+        # A shard's cells outside its own buckets are zero, so the shards' sketches just add up.
+        cells = np.bitwise_or.reduce([clock["sketch"] for clock in clocks])
+        cells.reshape(abi.BUCKETS, -1)[owned == 0] = 0
+        engine.set_sketch(cells)
+    # Bytes are joined, not records: numpy drops a record's padding when it concatenates.
+    queue = np.concatenate([clock["queue"] for clock in clocks]).view(abi.CANDIDATE)
+    mine = owned[(queue["key"] >> np.uint64(52)).astype(np.int64)] > 0
+    engine.set_queue(np.ascontiguousarray(queue[mine]))
+    store.resume_at(int(first["integers"][0]))
 
 
 def _native(store: FiitedStore) -> NativeEngine:

@@ -284,6 +284,7 @@ class NativeEngine:
         return items
 
     def set_queue(self, items: AnyArray) -> None:
+        assert items.dtype == abi.CANDIDATE
         if len(items):
             self._call("fiited_queue", 1, _at(items), len(items))
 

@@ -139,7 +139,7 @@ def test_interrupted_save_leaves_the_previous_checkpoint(
     def full_disk(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_save_clock", full_disk)
+    monkeypatch.setattr(checkpoint, "_swap", full_disk)
     with pytest.raises(StorageError, match="No space"):
         checkpoint.save(one, tmp_path / "c")
     fresh = build()

@@ -86,7 +86,7 @@ class Refusal:
     """A request that changed nothing.
 
     Args:
-        reason: "behind": the shard is at exchange ``value`` and needs those after it again;
+        reason: "behind": the shard is at exchange ``value`` and needs it and those after it again;
             "stale": it is already past the request; "epoch": the bucket map is now of version
             ``value``; "rows": a row that this shard does not own.
     """

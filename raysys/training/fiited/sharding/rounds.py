@@ -114,3 +114,9 @@ def _count(lists: Sequence[Pairs], take: int, *, best: bool) -> list[int]:
 
 def _joined(lists: Sequence[Pairs]) -> Pairs:
     return np.concatenate([s for s, _ in lists]), np.concatenate([t for _, t in lists])
+
+
+def churn_of(config: FiitedConfig) -> int:
+    """Chunks that one round may exchange at most."""
+    assert config.budget_slots is not None
+    return max(1, int(np.float32(config.churn_cap) * float(config.budget_slots)))
