@@ -10,13 +10,14 @@ from typing import Any
 from actors.federated.coordinator import RoundSummary
 from actors.federated.driver import FederatedRun
 from actors.federated.ensemble import build_ensemble
+from actors.venn.cohorts import VennConfig, finish_job, with_venn
 from jobs.launcher import Job, JobContext, Summary, main
 from raysys import machine
 from raysys.config import check_range
 from raysys.federated.core.datasets import FederatedData
 from raysys.federated.core.model import layout_of
 from raysys.federated.core.population import Population
-from raysys.federated.core.recipe import FederatedConfig, load_data, make_population
+from raysys.federated.core.recipe import FederatedConfig, load_data, make_job, make_population
 from raysys.federated.core.serialize import pack_arrays
 from raysys.federated.fed_ensemble.ensemble import EnsembleConfig
 from raysys.report import Plot, Section, Table, new_figure, render_page
@@ -31,6 +32,7 @@ class FederateConfig:
 
     Args:
         recipe: what is trained, and how.
+        venn: take the devices of every round from this Venn service; None draws them here.
         ensemble: train K models at the cost of one (Fed-ensemble); None trains one.
         rounds: number of rounds.
         workers: worker actors. worker_cpus: logical CPUs each of them reserves.
@@ -40,6 +42,7 @@ class FederateConfig:
 
     recipe: FederatedConfig = dataclasses.field(default_factory=FederatedConfig)
     ensemble: EnsembleConfig | None = None
+    venn: VennConfig | None = None
     rounds: int = 100
     workers: int = 2
     worker_cpus: float = 1.0
@@ -71,6 +74,9 @@ def run(config: FederateConfig, context: JobContext) -> Summary:
     make = None
     if config.ensemble is not None:
         make = functools.partial(build_ensemble, recipe, config.ensemble, spec)
+    if config.venn is not None:
+        venn = dataclasses.replace(config.venn, rounds=config.venn.rounds or config.rounds)
+        make = functools.partial(with_venn, make or functools.partial(make_job, recipe, spec), venn)
     federated = FederatedRun(
         recipe,
         data,
@@ -85,6 +91,8 @@ def run(config: FederateConfig, context: JobContext) -> Summary:
     )
     try:
         summaries = _follow(federated, config, context, have)
+        if config.venn is not None:
+            finish_job(config.venn)
         k = 1 if config.ensemble is None else config.ensemble.k
         members = {"weights" if k == 1 else f"weights.{m}": federated.weights(m) for m in range(k)}
         context.run.storage.write(MODEL_FILE, pack_arrays(members))

@@ -1,7 +1,9 @@
 """Kills servers at random moments under load and checks the books from the devices' side.
 
 The truth is what devices hold: at no time may more live leases of a round exist than it asked for,
-whatever died. Recovery is the time from the kill of the leader to the next answered call.
+whatever died, and no lease may be lost for good: once the leases of dead gateways have run out,
+every round has its devices again. Recovery is the time from the kill of the leader to the next
+answered call.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from raysys.errors import RemoteError
 TARGETS = ("gateway", "scheduler", "both")
 _PACE_S = 0.02
 _PATIENCE_S = 60.0
+_SETTLE_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,13 +56,24 @@ class ChaosConfig:
 
 @dataclass(slots=True)
 class ChaosReport:
-    """What was seen; ``recovery_s`` has one entry per kill of a leader."""
+    """What was seen.
+
+    Args:
+        recovery_s: one entry per kill of a leader.
+        most_live: most live leases of one round at a time.
+        longest_gap_s: longest time that an open round went without a new device; leases end all the
+            time, so it bounds how long credits of the dead were away.
+        least_refilled: after the last kill and the longest lease, the smallest share of its demand
+            that any round had at its best.
+    """
 
     kills: Counter[str] = field(default_factory=Counter)
     recovery_s: list[float] = field(default_factory=list)
     assigned: int = 0
     over_assigned: int = 0
     most_live: int = 0
+    longest_gap_s: float = 0.0
+    least_refilled: float = 0.0
     jobs_after: int = 0
     refused_calls: int = 0
 
@@ -72,6 +86,8 @@ class Chaos:
     config: ChaosConfig
     report: ChaosReport = field(default_factory=ChaosReport)
     _live: dict[str, list[float]] = field(default_factory=dict)
+    _given_s: dict[str, float] = field(default_factory=dict)
+    _peak: dict[str, int] = field(default_factory=dict)
     _leader: int = 0
 
     async def run(self) -> ChaosReport:
@@ -89,22 +105,28 @@ class Chaos:
         for _ in range(self.config.kills):
             await asyncio.sleep(float(generator.uniform(0.2, 1.0)))
             await self._kill(str(generator.choice(TARGETS)), generator)
+        await asyncio.sleep(self.config.lease_s + _SETTLE_S)
+        self._peak.clear()
         await asyncio.sleep(self.config.lease_s)
+        names = [f"chaos-{index}" for index in range(self.config.open_rounds)]
+        smallest = min(self._peak.get(name, 0) for name in names)
+        self.report.least_refilled = smallest / self.config.demand
         for feed in feeds:
             feed.cancel()
         await asyncio.gather(*feeds, return_exceptions=True)
         self.report.jobs_after = len((await self._overview())["jobs"])
-        for index in range(self.config.jobs):
-            async with JobClient(self.deployment.scheduler_address, f"chaos-{index}") as job:
+        async with JobClient(self.deployment.scheduler_address, "chaos") as job:
+            for index in range(self.config.jobs):
+                job.job_id = f"chaos-{index}"
                 await job.finish()
         return self.report
 
     async def _open_rounds(self) -> None:
         address = self.deployment.scheduler_address
-        for index in range(self.config.jobs):
-            requirement = REQUIREMENTS[index % len(REQUIREMENTS)]
-            async with JobClient(address, f"chaos-{index}") as job:
-                await job.register(requirement, rounds=100)
+        async with JobClient(address, "chaos") as job:
+            for index in range(self.config.jobs):
+                job.job_id = f"chaos-{index}"
+                await job.register(REQUIREMENTS[index % len(REQUIREMENTS)], rounds=100)
                 if index < self.config.open_rounds:
                     await job.open_round(self.config.demand, 3600, lease_s=self.config.lease_s)
 
@@ -163,9 +185,14 @@ class Chaos:
 
     def _hold(self, name: str, expires_s: float) -> None:
         now_s = time.monotonic()
+        if name in self._given_s:
+            gap_s = now_s - self._given_s[name]
+            self.report.longest_gap_s = max(self.report.longest_gap_s, gap_s)
+        self._given_s[name] = now_s
         held = [end_s for end_s in self._live.get(name, ()) if end_s > now_s]
         held.append(expires_s)
         self._live[name] = held
+        self._peak[name] = max(self._peak.get(name, 0), len(held))
         self.report.assigned += 1
         self.report.most_live = max(self.report.most_live, len(held))
         self.report.over_assigned += int(len(held) > self.config.demand)

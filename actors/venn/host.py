@@ -33,7 +33,8 @@ class HostConfig:
         kind: ``scheduler`` or ``gateway``.
         address: where it serves; ``host:0`` takes a free port.
         name: of a gateway; scheduler: address of the plan feed; folder: state of a scheduler.
-        wait_ready: a standby is ready when it follows, everybody else when it serves.
+        wait_ready: a standby (False) is ready when it has caught up with the log, everybody else
+            when it serves.
     """
 
     kind: str = "gateway"
@@ -77,9 +78,9 @@ class Host:
         try:
             if isinstance(self._server, GatewayServer):
                 self._started.result(START_TIMEOUT_S)
-            elif self.config.wait_ready:
-                waiting = asyncio.wait_for(self._server.leading.wait(), START_TIMEOUT_S)
-                self._call(waiting)
+            else:
+                wanted = self._server.leading if self.config.wait_ready else self._server.following
+                self._call(asyncio.wait_for(wanted.wait(), START_TIMEOUT_S))
         except TimeoutError:
             raise RemoteError(self.config.name, f"not ready within {START_TIMEOUT_S:g} s") from None
         return self.health()

@@ -20,6 +20,9 @@ from raysys.errors import DataError, StorageError
 from raysys.federated.venn.scheduler import SchedulerCore
 
 KEPT_SNAPSHOTS = 2
+# A record takes up to a millisecond to apply: what a standby has to catch up with stays short.
+SNAPSHOT_EVERY = 500
+_TRIES = 5
 
 
 class LeaderLock:
@@ -70,10 +73,19 @@ class Replica:
             DataError: a record is damaged in the middle of the log, or records are missing.
         """
         before = self.applied
+        for _ in range(_TRIES):
+            try:
+                self._follow()
+                break
+            except FileNotFoundError:
+                continue  # the leader has just replaced the file by a newer snapshot
+        return self.applied - before
+
+    def _follow(self) -> None:
         starts = _numbered(self.folder, "log-", ".jsonl")
         if (starts and self.applied + 1 < starts[0]) or not self.applied:
             self._load_snapshot()
-        for start in _numbered(self.folder, "log-", ".jsonl"):
+        for start in starts:
             path = self.folder / f"log-{start}.jsonl"
             if self._segment is not None and start < _start(self._segment):
                 continue
@@ -83,7 +95,6 @@ class Replica:
                     raise DataError(str(path), reason, "Restore the older segments")
                 self._segment, self._offset = path, 0
             self._read(path)
-        return self.applied - before
 
     def _load_snapshot(self) -> None:
         for number in reversed(_numbered(self.folder, "snapshot-", ".json")):
@@ -109,14 +120,16 @@ class Replica:
 class Journal(Replica):
     """The leader's replica: it also writes. Open only with the lock held."""
 
-    def __init__(self, folder: Path, core: SchedulerCore, snapshot_every: int = 5000) -> None:
+    def __init__(
+        self, folder: Path, core: SchedulerCore, snapshot_every: int = SNAPSHOT_EVERY
+    ) -> None:
         super().__init__(folder, core)
         self._every = snapshot_every
         self._since = 0
         self._descriptor = -1
 
     @classmethod
-    def promote(cls, replica: Replica, snapshot_every: int = 5000) -> Journal:
+    def promote(cls, replica: Replica, snapshot_every: int = SNAPSHOT_EVERY) -> Journal:
         """Turn a follower into the writer, after a last look at the log."""
         replica.catch_up()
         journal = cls(replica.folder, replica.core, snapshot_every)

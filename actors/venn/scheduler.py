@@ -27,9 +27,6 @@ from raysys.errors import ConfigError, RemoteError
 from raysys.federated.venn.scheduler import SchedulerCore
 from raysys.federated.venn.scheduler_state import ServiceConfig
 
-DEBOUNCE_S = 0.02
-REBALANCE_S = 0.5
-REPLAN_S = 60.0
 FOLLOW_S = 0.05
 MESSAGE_BYTES = 64 * 2**20
 EVENTS_KEPT = 10_000
@@ -61,6 +58,7 @@ class SchedulerServer(rpc.JobPlaneServicer, rpc.PlanFeedServicer):  # type: igno
         self.port = 0
         self.core = SchedulerCore(self.config)
         self.leading = asyncio.Event()
+        self.following = asyncio.Event()
         self.took_over_s = 0.0
         self._replica = Replica(Path(folder), self.core)
         self._lock = LeaderLock(Path(folder))
@@ -80,6 +78,7 @@ class SchedulerServer(rpc.JobPlaneServicer, rpc.PlanFeedServicer):  # type: igno
         """Follow the log until the lock is free, then lead."""
         while not self._lock.acquire():
             self._replica.catch_up()
+            self.following.set()
             await asyncio.sleep(FOLLOW_S)
         await self._lead()
         await asyncio.Event().wait()
@@ -109,6 +108,7 @@ class SchedulerServer(rpc.JobPlaneServicer, rpc.PlanFeedServicer):  # type: igno
             asyncio.create_task(self._tick_loop()),
         ]
         self.leading.set()
+        self.following.set()
 
     async def _serve(self) -> None:
         options = [
@@ -169,8 +169,8 @@ class SchedulerServer(rpc.JobPlaneServicer, rpc.PlanFeedServicer):  # type: igno
         """Plan on job events, several within the debounce time at once, and every minute."""
         while True:
             try:
-                await asyncio.wait_for(self._dirty.wait(), REPLAN_S)
-                await asyncio.sleep(DEBOUNCE_S)
+                await asyncio.wait_for(self._dirty.wait(), self.config.replan_interval_s)
+                await asyncio.sleep(self.config.debounce_s)
             except TimeoutError:
                 pass
             self._dirty.clear()
@@ -190,7 +190,7 @@ class SchedulerServer(rpc.JobPlaneServicer, rpc.PlanFeedServicer):  # type: igno
                 for name in dead:
                     del self._alive[name]
                 self.commit({"op": "tick", "dead": dead})
-            if now_s - checked_s > REBALANCE_S:
+            if now_s - checked_s > self.config.rebalance_s:
                 checked_s = now_s
                 if self.core.rebalance_needed():
                     self._stalled = True

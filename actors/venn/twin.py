@@ -25,7 +25,10 @@ from raysys.federated.venn.simulator.trace import Trace, hash_uniform
 VALUES_OF_MASK = dict(zip((0, 1, 3, 5, 15), ATOM_VALUES))
 ANSWERED = 0
 JOB_PREFIX = "twin-"
-_STEP_S = 0.02
+_STEP_S = 0.005
+_PLANNED_S = 0.5  # for a plan, or a report, to arrive
+_WARM_BATCH = 1000
+_WARM_IDS = 2**64
 
 
 @dataclass(slots=True)
@@ -44,6 +47,8 @@ class Twin:
 
     Args:
         speed: simulated seconds per real second.
+        warm_s: check-ins of so many simulated seconds before the start are played at once, with no
+            job there to take them: the simulator's supply window starts warm too.
     """
 
     trace: Trace
@@ -53,6 +58,7 @@ class Twin:
     gateway: str
     speed: float = 60.0
     security: SecurityConfig | None = None
+    warm_s: float = 0.0
     completion_s: dict[int, float] = field(default_factory=dict)
     assigned: int = 0
     over_assigned: int = 0
@@ -62,6 +68,8 @@ class Twin:
 
     async def run(self, limit_s: float = float("inf")) -> list[float]:
         """Completion time of every job in simulated seconds; infinite if ``limit_s`` came first."""
+        if self.warm_s:
+            await self._warm_up()
         self._started_s = time.monotonic()
         async with DeviceClient(self.gateway, self.security) as devices:
             feed = asyncio.create_task(self._devices(devices))
@@ -73,6 +81,36 @@ class Twin:
             feed.cancel()
             await asyncio.gather(feed, *self._work, return_exceptions=True)
         return [self.completion_s.get(index, float("inf")) for index in range(len(self.jobs))]
+
+    async def _warm_up(self) -> None:
+        """Let the service see the supply; its requirements must be known for that."""
+        groups = sorted({job.group for job in self.jobs})
+        names = [f"{JOB_PREFIX}warm-{group}" for group in groups]
+        for group, name in zip(groups, names):
+            async with JobClient(self.scheduler, name, self.security) as client:
+                await client.register(REQUIREMENTS[group])
+        first_s = self.trace.period_s - self.warm_s
+        rows = np.arange(self.trace.position_at(first_s), len(self.trace))
+        async with DeviceClient(self.gateway, self.security) as devices:
+            await asyncio.sleep(_PLANNED_S)
+            for part in np.array_split(rows, max(len(rows) // _WARM_BATCH, 1)):
+                identities = b"".join(
+                    (_WARM_IDS + row).to_bytes(16, "big") for row in part.tolist()
+                )
+                await devices.check_in(identities, self._values(part), speed=self._speed(part))
+            await asyncio.sleep(_PLANNED_S)
+        for name in names:
+            async with JobClient(self.scheduler, name, self.security) as client:
+                await client.finish()
+
+    def _values(self, rows: Any) -> list[Any]:
+        """Attribute columns of the devices in these rows."""
+        masks = [self.trace.masks[atom] for atom in self.trace.atom[rows]]
+        return list(np.asarray([VALUES_OF_MASK[mask] for mask in masks], dtype=np.float32).T)
+
+    def _speed(self, rows: Any) -> tuple[Any, Any]:
+        """Compute time and bandwidth over the population's means."""
+        return self.trace.compute[rows], 1.0 / self.trace.comm[rows]
 
     def _now_s(self) -> float:
         """Simulated time."""
@@ -117,11 +155,8 @@ class Twin:
 
     async def _check_in(self, client: DeviceClient, positions: Any) -> None:
         rows = positions % len(self.trace)
-        masks = [self.trace.masks[atom] for atom in self.trace.atom[rows]]
-        values = np.asarray([VALUES_OF_MASK[mask] for mask in masks], dtype=np.float32)
         identities = b"".join(int(position).to_bytes(16, "big") for position in positions)
-        speed = (self.trace.compute[rows], 1.0 / self.trace.comm[rows])
-        answer = await client.check_in(identities, list(values.T), speed=speed)
+        answer = await client.check_in(identities, self._values(rows), speed=self._speed(rows))
         for place in np.flatnonzero(answer.slots >= 0).tolist():
             name = answer.tasks[int(answer.slots[place])].job_id
             if not name.startswith(JOB_PREFIX):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import hashlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +18,8 @@ from actors.session import Session
 from actors.venn.chaos import Chaos, ChaosConfig
 from actors.venn.client import DeviceClient, JobClient
 from actors.venn.cluster import ClusterConfig, VennCluster
+from actors.venn.cohorts import VennConfig, with_venn
+from actors.venn.load import ATOM_SHARES, ATOM_VALUES
 from actors.venn.log import Replica
 from actors.venn.processes import ProcessDeployment, deployment
 from actors.venn.twin import Twin
@@ -23,6 +29,10 @@ from jobs.tour.stage import StageContext
 from jobs.tour.stages.venn import STAGE
 from jobs.venn.__main__ import run as venn
 from raysys.bench import Profile
+from raysys.federated.core.datasets import load_digits_data
+from raysys.federated.core.partition import PartitionConfig
+from raysys.federated.core.recipe import FederatedConfig, make_job, make_population
+from raysys.federated.core.runner import run_rounds
 from raysys.federated.venn.irs import IRS, IRSConfig
 from raysys.federated.venn.scheduler import SchedulerCore
 from raysys.federated.venn.simulator import SimConfig, SimJob, simulate
@@ -95,6 +105,56 @@ def test_live_rounds_take_no_less_than_simulated(service: ProcessDeployment) -> 
     assert twin.assigned >= sum(job.participants * job.rounds for job in jobs)
     # Only a lower bound: a busy machine stretches compressed time, and never shortens it.
     assert np.mean(live) > 0.5 * expected
+
+
+def federated_job(name: str, requirement: dict[str, float], service: ProcessDeployment) -> Any:
+    data = load_digits_data(0)
+    recipe = FederatedConfig(clients_per_round=6, partition=PartitionConfig(clients=120))
+    spec = recipe.model.spec(data)
+    venn = VennConfig(
+        scheduler=service.scheduler_address,
+        gateways=",".join(service.gateway_addresses),
+        job_id=name,
+        requirement=requirement,
+        deadline_s=60,
+        rounds=2,
+        batch=40,
+    )
+    make = functools.partial(make_job, recipe, spec)
+    return with_venn(make, venn, make_population(recipe, data)), data.samples()
+
+
+def test_federated_jobs_share_devices_through_the_job_plane(service: ProcessDeployment) -> None:
+    jobs = {
+        "any-phone": federated_job("any-phone", {}, service),
+        "fast-phone": federated_job("fast-phone", {"cpu": 7.0}, service),
+    }
+    digest = hashlib.blake2b(b"clients", digest_size=8).digest()
+    kinds = np.random.default_rng(int.from_bytes(digest, "big")).choice(
+        len(ATOM_VALUES), 120, p=ATOM_SHARES
+    )
+    with ThreadPoolExecutor(2) as pool:
+        runs = {
+            name: pool.submit(run_rounds, job, samples, 2) for name, (job, samples) in jobs.items()
+        }
+        reports = {name: future.result(120) for name, future in runs.items()}
+    for rounds in reports.values():
+        assert [report.counts["ok"] for report in rounds] == [6, 6]
+    for report in reports["fast-phone"]:
+        assert all(ATOM_VALUES[kinds[client]][0] >= 7 for client in report.table.clients)
+    known = asyncio.run(overview(service.scheduler_address))
+    done = {item["job"]: item["rounds_done"] for item in known["jobs"]}
+    assert done["any-phone"] == done["fast-phone"] == 2
+    for job, _ in jobs.values():
+        job.strategy.leave()
+        job.strategy.leave()
+    left = {item["job"] for item in asyncio.run(overview(service.scheduler_address))["jobs"]}
+    assert left.isdisjoint(jobs)
+
+
+async def overview(address: str) -> Any:
+    async with JobClient(address, "test") as client:
+        return await client.overview()
 
 
 def test_wrong_words_and_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

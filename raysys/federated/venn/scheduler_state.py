@@ -27,6 +27,9 @@ class ServiceConfig:
         eps: starvation knob of the IRS policies.
         tiers: tiers of tier matching, for devices that tell their speed; 1 switches it off.
         report_interval_s: gateways report this often.
+        replan_interval_s: a plan is made at least this often, to follow the supply.
+        debounce_s: job events within this time are planned at once.
+        rebalance_s: credits that a gateway does not use for so long go to others.
         gateway_timeout_s: a gateway silent for so long is dead.
         fence_s: a gateway that hears nothing stops by itself after this time (the same value in
             :class:`~raysys.federated.venn.gateway.GatewayConfig`).
@@ -41,6 +44,9 @@ class ServiceConfig:
     eps: float = 0.0
     tiers: int = 1
     report_interval_s: float = 0.1
+    replan_interval_s: float = 60.0
+    debounce_s: float = 0.02
+    rebalance_s: float = 0.5
     gateway_timeout_s: float = 3.0
     fence_s: float = 10.0
     job_max_silent_s: float = 1800.0
@@ -53,6 +59,9 @@ class ServiceConfig:
         check_range(self, "eps", 0)
         check_range(self, "tiers", 1, CLASSES)
         check_range(self, "report_interval_s", 0, low_open=True)
+        check_range(self, "replan_interval_s", 0, low_open=True)
+        check_range(self, "debounce_s", 0)
+        check_range(self, "rebalance_s", 0, low_open=True)
         check_range(self, "gateway_timeout_s", self.report_interval_s, low_open=True)
         check_range(self, "fence_s", 0, low_open=True)
         check_range(self, "job_max_silent_s", 0, low_open=True)
