@@ -84,9 +84,8 @@ def test_grid_on_ray_workers_gives_the_same(
     expected = here.flat(start(FlowerAvg(fraction_evaluate=0.0), here).arrays)
     run_tasks, pool = on_workers(*parts, workers=2, worker_cpus=0)
     there = grid_of(parts, run_tasks=run_tasks)
-    assert np.array_equal(
-        there.flat(start(FlowerAvg(fraction_evaluate=0.0), there).arrays), expected
-    )
+    found = there.flat(start(FlowerAvg(fraction_evaluate=0.0), there).arrays)
+    assert np.abs(found - expected).max() < 1e-6  # threads of this process, one of a worker
     pool.close()
 
 

@@ -150,7 +150,7 @@ class ServerStrategy(FlowerStrategy):  # type: ignore[misc]
         if reply.has_error():
             return nothing, 0
         arrays = next(iter(reply.content.array_records.values()), None)
-        metrics = next(iter(reply.content.metric_records.values()), {})
+        metrics: Any = next(iter(reply.content.metric_records.values()), {})
         try:
             flat = to_flat(arrays, self._layout.shapes)
             return flat - start, int(metrics["num-examples"])
