@@ -12,6 +12,7 @@ from jobs.launcher import Job, JobContext, Summary, main
 from jobs.train import data
 from jobs.train.config import TrainConfig
 from jobs.train.figures import plasticity_svg
+from jobs.train.pretrained import exported
 from jobs.train.run import STATE_FILE, all_events, from_bytes, make_loop, to_bytes, train
 from raysys.training.datasets import Split
 from raysys.training.kgt import EventLog
@@ -87,6 +88,8 @@ def _finish(
     context.run.write_json("result.json", result)
     context.run.append_rows("freezing", [_flat(row) for row in rows])
     context.run.storage.write("freezing.svg", plasticity_svg(rows).encode())
+    for name, content in exported(loop.model).items():
+        context.run.storage.write(f"model/{name}", content)
     lines = [
         f"accuracy {accuracy:.4f} after {loop.total_steps} steps, {loop.cpu_s:.1f} CPU seconds",
         f"frozen {sum(share) / modules:.0%} of all modules and steps",

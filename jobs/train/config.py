@@ -9,7 +9,7 @@ from raysys.training.kgt import KGTConfig
 from raysys.training.kgt.loop import Recipe
 
 SOURCES = ("digits", "mnist1d", "fashion-mnist", "folder", "parquet")
-NETWORKS = ("auto", "resnet", "transformer")
+NETWORKS = ("auto", "resnet", "transformer", "huggingface")
 METHODS = ("kgt", "vanilla", "linear", "gradient", "static")
 
 
@@ -23,7 +23,8 @@ class DataConfig:
         path: of the folder or the Parquet file.
         image_size: side to which images are resized.
         channels: 1 for grey, 3 for colour.
-        text_length: bytes of text that are kept.
+        text_length: bytes, or tokens, of text that are kept.
+        tokenizer: local folder of a Hugging Face tokenizer; empty takes bytes as tokens.
         test_share: share held out where the source has no test part.
         train_rows: at most this many training examples; 0 takes all.
     """
@@ -33,6 +34,7 @@ class DataConfig:
     image_size: int = 28
     channels: int = 3
     text_length: int = 128
+    tokenizer: str = ""
     test_share: float = 0.2
     train_rows: int = 0
 
@@ -52,13 +54,15 @@ class NetworkConfig:
     """Which network.
 
     Args:
-        kind: ``auto`` takes a residual net for signals and images, an encoder for text.
+        kind: ``auto`` takes a residual net for signals and images, an encoder for text;
+            ``huggingface`` a pretrained encoder from the local folder ``init``.
         widths: channels of each residual block.
         stem_stride: stride of the first convolution of a residual net.
         width: width of the encoder.
         blocks: blocks of the encoder.
         dropout: of the encoder.
-        init: checkpoint of an earlier run to fine-tune from; a head for other classes is new.
+        init: checkpoint of an earlier run, or model folder for ``huggingface``, to fine-tune from;
+            a head for other classes is new.
     """
 
     kind: str = "auto"
@@ -76,6 +80,8 @@ class NetworkConfig:
         check_range(self, "width", 4)
         check_range(self, "blocks", 1)
         check_range(self, "dropout", 0, 1, high_open=True)
+        given = self.kind != "huggingface" or bool(self.init)
+        check(self, "init", given, "a local model folder", "Set network.init=FOLDER")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

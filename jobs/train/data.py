@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
+from jobs.train import pretrained
 from jobs.train.config import DataConfig
 from raysys import machine
 from raysys.errors import ConfigError, DataError, StorageError
@@ -92,7 +93,10 @@ def _parquet(path: Path, config: DataConfig) -> tuple[NDArray[Any], list[Any]]:
         values = table.column("image").to_pylist()
         pixels = [_decode(v, f"{path} row {i}", config) for i, v in enumerate(values)]
         return _standardised(np.stack(pixels)), labels
-    return _tokens(table.column("text").to_pylist(), config.text_length), labels
+    texts = table.column("text").to_pylist()
+    if config.tokenizer:
+        return pretrained.tokens(config.tokenizer, texts, config.text_length), labels
+    return _tokens(texts, config.text_length), labels
 
 
 def _decode(content: Any, where: str, config: DataConfig) -> NDArray[np.float32]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from jobs.train.config import NetworkConfig
+from jobs.train.pretrained import load_classifier
 from raysys.errors import ConfigError, DataError, StorageError
 from raysys.training.datasets import Split
 from raysys.training.kgt.models import ResNet, TextClassifier
@@ -19,12 +20,15 @@ def build(config: NetworkConfig, split: Split) -> nn.Module:
     Raises:
         ConfigError: the kind does not fit the examples.
         StorageError: the checkpoint to start from cannot be read.
+        CapabilityError: Hugging Face's package is needed and not installed.
     """
     x, classes = split.train.x, split.train.classes
     text = x.ndim == 2
     kind = config.kind if config.kind != "auto" else ("transformer" if text else "resnet")
-    if (kind == "transformer") != text:
+    if (kind != "resnet") != text:
         raise ConfigError("network.kind", kind, f"a network for inputs of shape {x.shape[1:]}")
+    if kind == "huggingface":
+        return load_classifier(config.init, classes)
     model: nn.Module
     if text:
         model = TextClassifier(

@@ -20,7 +20,7 @@ from PIL import Image
 
 from actors.session import Session
 from jobs.launcher import main
-from jobs.train import data, network
+from jobs.train import data, network, pretrained
 from jobs.train import run as train_run
 from jobs.train.__main__ import JOB
 from jobs.train.config import DataConfig, NetworkConfig, TrainConfig
@@ -121,6 +121,44 @@ def test_fine_tuning_a_transformer_on_parquet_text(tmp_path: Path) -> None:
     assert run(tmp_path / "second", *text, f"network.init={init}", "recipe.epochs=1") == 0
     result = RunDirectory.open(str(tmp_path / "second")).read_json("result.json")
     assert result["accuracy"] > 0.9
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fine_tuning_a_hugging_face_folder(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "a"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    folder = tmp_path / "encoder"
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    small = transformers.BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=16,
+    )  # fmt: skip
+    transformers.BertModel(small).save_pretrained(folder)
+    labels = np.random.default_rng(0).integers(0, 2, 160).tolist()
+    rows = [{"text": f"a {'good' if label else 'bad'} film", "label": label} for label in labels]
+    path = tmp_path / "text.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    settings = [
+        "data.source=parquet", f"data.path={path}", "data.text_length=8", "recipe.batch_size=16",
+        f"data.tokenizer={folder}", "network.kind=huggingface", f"network.init={folder}",
+        "recipe.optimizer=adamw", "recipe.lr=0.01", "recipe.epochs=12", "recipe.schedule=constant",
+        "kgt.min_bootstrap_share=0.5",
+    ]  # fmt: skip
+    assert run(tmp_path / "run", *settings) == 0
+    result = RunDirectory.open(str(tmp_path / "run")).read_json("result.json")
+    assert result["accuracy"] > 0.9
+    assert max(result["frozen_share_per_module"]) > 0
+    tuned = pretrained.load_classifier(str(tmp_path / "run" / "model"), 2)
+    last = weights(tmp_path / "run")
+    assert all(torch.equal(last[name], value) for name, value in tuned.state_dict().items())
+    with pytest.raises(StorageError, match="is no folder"):
+        pretrained.load_classifier(str(tmp_path / "none"), 2)
+    with pytest.raises(StorageError, match="model and tokenizer"):
+        pretrained.load_classifier(str(tmp_path / "run"), 2)
+    with pytest.raises(ConfigError, match=r"network\.init"):
+        NetworkConfig(kind="huggingface")
 
 
 def test_image_folders(tmp_path: Path) -> None:
