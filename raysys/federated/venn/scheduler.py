@@ -139,6 +139,7 @@ class SchedulerCore:
             now_s,
             rounds=int(command.get("rounds", 0)),
             response_s=response_s,
+            nominal_s=float(command.get("response_s") or 0.0),
             plan_uri=str(command.get("plan_uri", "")),
             upload_endpoint=str(command.get("upload_endpoint", "")),
         )
@@ -158,6 +159,9 @@ class SchedulerCore:
             raise ConfigError("job_id", job.job_id, "no open round", "Close the open round first")
         demand = _whole(command, "demand", 1, self.config.max_demand)
         deadline_s = _positive(command, "deadline_s")
+        if deadline_s < job.nominal_s:
+            expected = f"at least the job's nominal task time of {job.nominal_s:g} s"
+            raise ConfigError("deadline_s", deadline_s, expected)
         overcommit = float(command.get("overcommit") or 1.0)
         if not 1 <= overcommit <= 10:
             raise ConfigError("overcommit", overcommit, "a number in [1, 10]")

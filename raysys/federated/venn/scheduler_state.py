@@ -130,7 +130,7 @@ class RoundState:
 
 @dataclass(slots=True)
 class JobState:
-    """A registered job."""
+    """A registered job; ``nominal_s`` is the task time that it declared, 0 if it did not."""
 
     job_id: str
     slot: int
@@ -139,6 +139,7 @@ class JobState:
     seen_s: float
     rounds: int = 0
     response_s: float = 90.0
+    nominal_s: float = 0.0
     plan_uri: str = ""
     upload_endpoint: str = ""
     rounds_done: int = 0

@@ -111,7 +111,8 @@ def _tell_progress(core: SchedulerCore, job: JobState, opened: RoundState, now_s
 
 
 def _notice_atoms(core: SchedulerCore, counts: Mapping[int, int]) -> None:
-    new = [mask for mask in counts if mask not in core.state.masks]
+    known = set(core.state.masks)
+    new = [mask for mask in counts if mask not in known]
     if new:
         core.state.masks = sorted([*core.state.masks, *new])
         core.state.dirty = True
