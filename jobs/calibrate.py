@@ -1,14 +1,15 @@
 """Measure this machine's serving engine: fit the step time that planner and simulator use.
 
-Without a log, an engine with the packaged model is started, loaded with bursts of growing size, and
-asked what its scheduler learnt. With a step log (docs/andes.md: batch, prefill_tokens,
-context_tokens, seconds, one JSON object a line) that is fitted, and no engine is needed.
+Without a log, an engine with the packaged model is started and loaded with bursts of growing size;
+its step log (docs/andes.md: batch, prefill_tokens, context_tokens, seconds, one JSON object a line)
+is kept in the run directory as steps.jsonl and fitted. With a log of your own engine that is
+fitted, and no engine is started.
 
 The result is step_time.yaml in the run directory: the section `step_time` of the Andes scheduler
 and of the simulator.
 
-    raysys calibrate
-    raysys calibrate --set log=steps.jsonl
+    raysys calibrate serving
+    raysys calibrate serving --set log=steps.jsonl
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from actors.andes.engine_settings import AndesEngineConfig, idle_status
 from jobs.launcher import Job, JobContext, Summary, main
 from raysys.config import check, check_range
 from raysys.errors import DataError, StorageError
@@ -108,23 +112,21 @@ def held_out_error(steps_TC: FloatArray) -> float:
     return float(np.median(np.abs(predicted - test[:, 3]) / test[:, 3]))
 
 
-def measure_engine(config: CalibrateConfig, context: JobContext) -> tuple[StepTime, int]:
-    """Load an engine on this machine and read what its latency model learnt, and from how much.
+def measure_engine(config: CalibrateConfig, context: JobContext) -> bytes:
+    """Load an engine on this machine and return its step log.
 
     Raises:
         CapabilityError: vLLM or the packaged model is not installed.
         RemoteError: the engine failed, or its scheduler tells nothing.
     """
-    from actors.andes.engine_settings import AndesEngineConfig
     from actors.serving.client import Chat, ChatClient, require_complete
     from actors.serving.config import ServingConfig
     from actors.serving.endpoint import Endpoint, free_port
-    from jobs.bench.andes_engine import fresh_status
 
     context.ray(num_cpus=2)
     with tempfile.TemporaryDirectory(prefix="raysys-calibrate-") as folder:
-        path = Path(folder) / "status.json"
-        andes = AndesEngineConfig(status_file=str(path))
+        status, log = Path(folder) / "status.json", Path(folder) / "steps.jsonl"
+        andes = AndesEngineConfig(status_file=str(status), step_log=str(log))
         endpoint = ServingConfig(port=free_port(), andes=andes)
         tell = context.console.print
         with Endpoint.start(endpoint, report=lambda text: tell(f"{text} ...")):
@@ -137,8 +139,8 @@ def measure_engine(config: CalibrateConfig, context: JobContext) -> tuple[StepTi
                     ]
                     require_complete(client.burst(chats))
                     advance(1)
-            status = fresh_status(path)
-    return StepTime(**status["step_time"]), int(status["steps"])
+            idle_status(status)  # the engine has flushed its log
+            return log.read_bytes()
 
 
 def formula(step_time: StepTime) -> str:
@@ -151,12 +153,12 @@ def formula(step_time: StepTime) -> str:
     )
 
 
-def fit_log(config: CalibrateConfig) -> tuple[StepTime, dict[str, Any], list[str]]:
-    """Fit the log: coefficients, figures for the result, and lines to print."""
-    steps = select_steps(read_step_log(Path(config.log)), config.skip, config.trim)
+def fit_log(config: CalibrateConfig, log: Path) -> tuple[StepTime, dict[str, Any], list[str]]:
+    """Fit a log: coefficients, figures for the result, and lines to print."""
+    steps = select_steps(read_step_log(log), config.skip, config.trim)
     if len(steps) < 16:
         reason = f"holds {len(steps)} usable steps after the first {config.skip}"
-        raise DataError(config.log, reason, "Record at least some hundred steps, or lower skip")
+        raise DataError(str(log), reason, "Record at least some hundred steps, or lower skip")
     step_time, residual = fit_step_time(*steps.T)
     error = held_out_error(steps)
     lines = [
@@ -171,10 +173,14 @@ def fit_log(config: CalibrateConfig) -> tuple[StepTime, dict[str, Any], list[str
 
 def run(config: CalibrateConfig, context: JobContext) -> Summary:
     if config.log:
-        step_time, figures, lines = fit_log(config)
+        step_time, figures, lines = fit_log(config, Path(config.log))
     else:
-        step_time, steps = measure_engine(config, context)
-        figures, lines = {"steps": steps}, [f"learnt by the engine's scheduler in {steps} steps"]
+        content = measure_engine(config, context)
+        context.run.storage.write("steps.jsonl", content)
+        with tempfile.TemporaryDirectory(prefix="raysys-calibrate-") as folder:
+            log = Path(folder) / "steps.jsonl"
+            log.write_bytes(content)
+            step_time, figures, lines = fit_log(config, log)
     fields = dataclasses.asdict(step_time)
     text = yaml.safe_dump({"step_time": fields})
     context.run.storage.write("step_time.yaml", text.encode())
@@ -182,7 +188,12 @@ def run(config: CalibrateConfig, context: JobContext) -> Summary:
     return Summary(lines=[formula(step_time), *lines], report="step_time.yaml")
 
 
+def words(arguments: Sequence[str]) -> list[str]:
+    """The arguments without what is calibrated: so far there is only ``serving``."""
+    return list(arguments[1:] if arguments[:1] == ["serving"] else arguments)
+
+
 JOB = Job(name="calibrate", config=CalibrateConfig, run=run)
 
 if __name__ == "__main__":
-    raise SystemExit(main(JOB))
+    raise SystemExit(main(JOB, words(sys.argv[1:])))

@@ -118,13 +118,17 @@ def run_policy(
     chats: Sequence[Chat],
     policy: str,
     on_done: Callable[[Stream], None] | None = None,
+    *,
+    router: str | None = None,
 ) -> list[Stream]:
-    """Send the burst under a policy; every stream must be complete.
+    """Send the burst under a policy (and by a router, on an endpoint that lets clients choose it).
+
+    Every stream must be complete.
 
     Raises:
         RemoteError: a stream failed.
     """
-    streams = client.burst([replace(chat, policy=policy) for chat in chats], on_done)
+    streams = client.burst([replace(chat, policy=policy, router=router) for chat in chats], on_done)
     require_complete(streams)
     return streams
 

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from raysys.config import check_range, config_from_dict, config_to_dict
+from raysys.config import check, check_range, config_from_dict, config_to_dict
+from raysys.errors import RemoteError
 from raysys.serving.andes.scheduler import AndesConfig
 from raysys.serving.andes.spec import MAX_TDS, MAX_TTFT_S
 
 SCHEDULER_CLASS = "actors.andes.vllm_scheduler.AndesVllmScheduler"
 KEY = "andes"
 POLICY_FIELD = "andes_policy"
+ROUTER_FIELD = "andes_router"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +37,13 @@ class AndesEngineConfig:
         switchable: obey the request field ``andes_policy`` (demonstrations and benchmarks that
             compare policies on one engine); never for a public endpoint.
         force_untested: start on a vLLM that the adapter was not tested with.
-        status_file: where the scheduler writes its status twice a second; None writes none.
+        status_file: where the scheduler writes its status four times a second. Behind Ray Serve
+            each replica takes a file of its own: None a temporary one, and further replicas on a
+            node append their number to a name that is given.
+        step_log: JSON lines, one a step, for ``raysys calibrate``; None writes none.
+        slowdowns: for studies of unequal machines: replica number i makes its steps so many times
+            as long, by sleeping; 1 where the list ends.
+        slowdown: this engine's own factor, filled in from ``slowdowns``.
     """
 
     scheduler: AndesConfig = field(default_factory=AndesConfig)
@@ -43,8 +52,14 @@ class AndesEngineConfig:
     switchable: bool = False
     force_untested: bool = False
     status_file: str | None = None
+    step_log: str | None = None
+    slowdowns: tuple[float, ...] = ()
+    slowdown: float = 1.0
 
     def __post_init__(self) -> None:
+        check_range(self, "slowdown", 1.0, 100.0)
+        fine = all(1.0 <= factor <= 100.0 for factor in self.slowdowns)
+        check(self, "slowdowns", fine, "factors of 1 to 100")
         check_range(self, "default_tds", 0.0, MAX_TDS, low_open=True)
         if self.default_ttft_s is not None:
             check_range(self, "default_ttft_s", 0.0, MAX_TTFT_S)
@@ -56,6 +71,22 @@ def engine_arguments(config: AndesEngineConfig) -> dict[str, Any]:
         "scheduler_cls": SCHEDULER_CLASS,
         "additional_config": {KEY: config_to_dict(config)},
     }
+
+
+def for_replica(config: AndesEngineConfig, number: int, default_status: str) -> AndesEngineConfig:
+    """The settings of replica ``number`` on its node: files and slowdown of its own."""
+    suffix = f".{number}" if number else ""
+
+    def own(path: str | None) -> str | None:
+        return f"{path}{suffix}" if path else None
+
+    slow = config.slowdowns[number] if number < len(config.slowdowns) else config.slowdown
+    return replace(
+        config,
+        status_file=own(config.status_file) or default_status,
+        step_log=own(config.step_log),
+        slowdown=slow,
+    )
 
 
 def read_arguments(additional_config: Any) -> AndesEngineConfig:
@@ -82,3 +113,18 @@ def read_status(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return status if isinstance(status, dict) else None
+
+
+def idle_status(path: Path, patience_s: float = 10.0) -> dict[str, Any]:
+    """The scheduler's status once nothing runs or waits; it is written four times a second.
+
+    Raises:
+        RemoteError: there is none in time.
+    """
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        status = read_status(path)
+        if status is not None and status["running"] == status["waiting"] == 0:
+            return status
+        time.sleep(0.1)
+    raise RemoteError("serving engine", "its scheduler wrote no status", "See the Ray Serve logs")

@@ -29,10 +29,13 @@ from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from actors.andes.engine_reports import StepLog, TenantTotals
 from actors.andes.engine_settings import POLICY_FIELD, read_arguments, write_status
 from raysys.errors import CapabilityError, ConfigError
 from raysys.serving.andes.gain import buffer_s
+from raysys.serving.andes.load import replica_load
 from raysys.serving.andes.options import shortage_tokens
+from raysys.serving.andes.routing import load_to_dict
 from raysys.serving.andes.scheduler import AndesScheduler
 from raysys.serving.andes.snapshot import Plan
 from raysys.serving.andes.spec import QoESpec, default_ttft_s, spec_from_fields
@@ -45,7 +48,7 @@ TESTED_SOURCES = {
     "add_request": "ab9efd2a1069dbe9",
     "finish_requests": "fc83b2419ccb624c",
 }
-STATUS_EVERY_S = 0.5
+STATUS_EVERY_S = 0.25
 MAX_CLOCK_SKEW_S = 3600.0
 
 logger = logging.getLogger("vllm.raysys.andes")
@@ -110,6 +113,10 @@ class AndesVllmScheduler(AsyncScheduler):  # type: ignore[misc]
         )
         self.table = RequestTable()
         self.slots: dict[str, int] = {}
+        self.tenants = TenantTotals()
+        self._labels: dict[int, str] = {}
+        self._watched: set[str] = set()  # requests that run or ran: the others do not change
+        self._step_log = StepLog(self.andes_config.step_log)
         self.bad_targets = 0
         self.plan_ms: deque[float] = deque(maxlen=500)
         self._steps: deque[tuple[int, float, tuple[int, int, int, int]]] = deque(maxlen=64)
@@ -132,7 +139,10 @@ class AndesVllmScheduler(AsyncScheduler):  # type: ignore[misc]
         age = min(max(time.time() - request.arrival_time, 0.0), MAX_CLOCK_SKEW_S)
         spec = self._spec(fields, request.num_prompt_tokens)
         slot = self.table.add(spec, time.monotonic() - age, request.num_prompt_tokens)
+        self.table.context_tokens[slot] = self._rounded(request.num_tokens)
         self.slots[request.request_id] = slot
+        self._labels[slot] = self.tenants.label(spec.tenant)
+        self.tenants.entered(self._labels[slot])
         self.brain.on_event()
 
     def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> list[Request]:
@@ -175,6 +185,8 @@ class AndesVllmScheduler(AsyncScheduler):  # type: ignore[misc]
         else:
             self.brain.on_event()
         self.table.remove(slot)
+        self.tenants.left(self._labels.pop(slot))
+        self._watched.discard(request_id)
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -190,6 +202,9 @@ class AndesVllmScheduler(AsyncScheduler):  # type: ignore[misc]
         output = super().schedule(throttle_prefills)
         if output.preempted_req_ids:
             self.brain.on_event()
+            known = output.preempted_req_ids & self.slots.keys()
+            self._watched |= known
+            self.tenants.preempted(self._labels[self.slots[one]] for one in known)
         self._steps.append((id(output), started, self._step_facts(output)))
         return output
 
@@ -199,8 +214,8 @@ class AndesVllmScheduler(AsyncScheduler):  # type: ignore[misc]
         return bool(self.waiting) or self.kv_free() < reserve
 
     def _plan(self, now: float) -> None:
-        slots, requests = self._refresh(now)
         began = time.perf_counter()
+        slots, requests = self._refresh(now)
         snapshot = self.table.snapshot(
             now,
             slots,
@@ -213,28 +228,40 @@ class AndesVllmScheduler(AsyncScheduler):  # type: ignore[misc]
         self._apply(plan, requests)
         seconds = time.perf_counter() - began
         self.plan_ms.append(1e3 * seconds)
+        self.tenants.planned(seconds)
         self.brain.on_plan_time(seconds)
 
     def _refresh(self, now: float) -> tuple[Any, list[Request]]:
-        """Bring the table up to date; returns the slots and their requests in one order."""
-        table = self.table
-        for request_id in [known for known in self.slots if known not in self.requests]:
+        """Bring the table up to date; returns the slots and their requests in one order.
+
+        A request that waits for its first step does not change, and there may be ten thousand of
+        them: only those that run, ran, or were paused are looked at.
+        """
+        for request_id in self.slots.keys() - self.requests.keys():
             self._forget(request_id)  # ended in a way that we were not told
+        touched = self._watched | {request.request_id for request in self.running}
+        self._watched = {one for one in touched if self._refresh_one(one, now)}
         slots = np.fromiter(self.slots.values(), dtype=np.int64, count=len(self.slots))
-        requests = [self.requests[request_id] for request_id in self.slots]
-        for slot, request in zip(slots, requests):
-            running = request.status == RequestStatus.RUNNING
-            table.running[slot] = running
-            table.pausable[slot] = running and not request.is_prefill_chunk
-            table.preemptions[slot] = request.num_preemptions
-            table.context_tokens[slot] = self._rounded(request.num_tokens)
-            if running:
-                table.served_s[slot] = now
-                missing = request.num_tokens - request.num_computed_tokens
-                table.missing_tokens[slot] = max(0, missing) if request.is_prefill_chunk else 0
-            else:
-                table.missing_tokens[slot] = request.num_tokens - self._cached(request)
-        return slots, requests
+        return slots, [self.requests[request_id] for request_id in self.slots]
+
+    def _refresh_one(self, request_id: str, now: float) -> bool:
+        """Update one request's columns; whether it can change before it is seen running again."""
+        slot, request = self.slots.get(request_id), self.requests.get(request_id)
+        if slot is None or request is None:
+            return False
+        table = self.table
+        running = request.status == RequestStatus.RUNNING
+        table.running[slot] = running
+        table.pausable[slot] = running and not request.is_prefill_chunk
+        table.preemptions[slot] = request.num_preemptions
+        table.context_tokens[slot] = self._rounded(request.num_tokens)
+        if running:
+            table.served_s[slot] = now
+            missing = request.num_tokens - request.num_computed_tokens
+            table.missing_tokens[slot] = max(0, missing) if request.is_prefill_chunk else 0
+        else:
+            table.missing_tokens[slot] = request.num_tokens - self._cached(request)
+        return bool(running or request.num_preemptions)
 
     def _apply(self, plan: Plan, requests: list[Request]) -> None:
         now = time.monotonic()
@@ -282,6 +309,7 @@ class AndesVllmScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Let vLLM take the tokens, then note their delivery and the step's time."""
+        self._emulate_slow_machine(id(scheduler_output))
         results = super().update_from_output(scheduler_output, model_runner_output)
         now = time.monotonic()
         self._note_step(id(scheduler_output), now)
@@ -305,8 +333,17 @@ class AndesVllmScheduler(AsyncScheduler):  # type: ignore[misc]
                 if batch:
                     seconds = now - max(started, self._updated_at)
                     self.brain.on_step(batch, prefill, context, seconds, repeated)
+                    self._step_log.write(batch, prefill, context, seconds)
                 break
         self._updated_at = now
+
+    def _emulate_slow_machine(self, identity: int) -> None:
+        """Stretch the step by the configured factor; nothing at the factor 1."""
+        extra = self.andes_config.slowdown - 1.0
+        if extra > 0.0:
+            started = next((at for known, at, _ in self._steps if known == identity), None)
+            if started is not None:
+                time.sleep(extra * (time.monotonic() - max(started, self._updated_at)))
 
     # -- status --------------------------------------------------------------------------------
 
@@ -318,6 +355,7 @@ class AndesVllmScheduler(AsyncScheduler):  # type: ignore[misc]
             max_batch=self._max_running, step_tokens=self.max_num_scheduled_tokens,
         )  # fmt: skip
         counters = dataclasses.asdict(self.brain.counters)
+        step_time = self.brain.latency.step_time
         plan_ms = sorted(self.plan_ms) or [0.0]
         return {
             "time": time.time(),
@@ -328,10 +366,11 @@ class AndesVllmScheduler(AsyncScheduler):  # type: ignore[misc]
             "kv_use": 1.0 - self.kv_free() / max(1, self.kv_capacity()),
             "buffers_s": _quantiles(buffer_s(snapshot)),
             "late": int((buffer_s(snapshot) < 0).sum()),
-            "missing_tokens": float(snapshot.missing_tokens.sum()),
+            "load": load_to_dict(replica_load(snapshot, step_time, time.time())),
+            "tenants": self.tenants.to_dict(),
             "plan_ms_p50": plan_ms[len(plan_ms) // 2],
             "plan_ms_p99": plan_ms[math.ceil(0.99 * len(plan_ms)) - 1],
-            "step_time": dataclasses.asdict(self.brain.latency.step_time),
+            "step_time": dataclasses.asdict(step_time),
             "max_running": self._max_running,
             "bad_targets": self.bad_targets,
             **counters,
@@ -342,12 +381,15 @@ class AndesVllmScheduler(AsyncScheduler):  # type: ignore[misc]
             return
         try:
             write_status(Path(self.andes_config.status_file), self.status(now))
+            if not self.requests:
+                self._step_log.flush()
         except OSError as error:
             logger.warning("status not written: %s", error)
 
     def shutdown(self) -> None:
         """Write the last status, then shut down; may not run when the engine is killed."""
         self._publish(time.monotonic())
+        self._step_log.close()
         super().shutdown()
 
 

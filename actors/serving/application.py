@@ -13,7 +13,14 @@ from typing import Any
 
 from actors.andes.engine_settings import engine_arguments
 from actors.serving import packaged_model
-from actors.serving.config import CPU_KV_TOKENS, KV_BLOCK, EngineConfig, ModelConfig, ServingConfig
+from actors.serving.config import (
+    CPU_KV_TOKENS,
+    KV_BLOCK,
+    EngineConfig,
+    FleetConfig,
+    ModelConfig,
+    ServingConfig,
+)
 from raysys.config import config_to_dict
 from raysys.errors import CapabilityError
 from raysys.serving.model_files import ModelFacts, check_folder
@@ -57,18 +64,20 @@ def build_application(config: ServingConfig) -> Any:
     """
     check_vllm()
     facts = check_model(config.model)
-    from ray.serve.llm import LLMConfig, build_openai_app
+    from ray import serve
+    from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
+    from ray.serve.llm import LLMConfig, build_llm_deployment
+    from ray.serve.llm.ingress import make_fastapi_ingress
+
+    from actors.serving.ingress import ENDPOINTS, QoEIngress
 
     llm = LLMConfig(**llm_options(config, facts))
-    return build_openai_app(
-        {
-            "llm_configs": [llm],
-            "ingress_cls_config": {
-                "ingress_cls": "actors.serving.ingress:QoEIngress",
-                "ingress_extra_kwargs": {"settings": config_to_dict(config)},
-            },
-            "ingress_deployment_config": {"ray_actor_options": {"num_cpus": 0}},
-        }
+    ingress = make_fastapi_ingress(QoEIngress, endpoint_map=ENDPOINTS)
+    options = QoEIngress.get_deployment_options([llm])
+    return serve.deployment(ingress, **options, ray_actor_options={"num_cpus": 0}).bind(
+        llm_deployments={llm.model_id: build_llm_deployment(llm)},
+        model_cards={llm.model_id: to_model_metadata(llm.model_id, llm)},
+        settings=config_to_dict(config),
     )
 
 
@@ -81,7 +90,7 @@ def llm_options(config: ServingConfig, facts: ModelFacts) -> dict[str, Any]:
             "model_source": str(config.model.path),
         },
         "accelerator_config": {"kind": device},
-        "deployment_config": _deployment_options(config),
+        "deployment_config": deployment_options(config),
         "engine_kwargs": engine_options(config.engine, facts),
         "runtime_env": {"env_vars": engine_environment(config.engine)},
         "callback_config": {
@@ -92,7 +101,8 @@ def llm_options(config: ServingConfig, facts: ModelFacts) -> dict[str, Any]:
         "log_engine_metrics": True,
     }
     if config.engine.policy == "andes":
-        options["engine_kwargs"] |= engine_arguments(config.andes)
+        options["engine_kwargs"] |= engine_arguments(config.engine_andes)
+        options["server_cls"] = "actors.serving.replica:QoEServer"
     if device == "cpu":
         options["placement_group_config"] = {"bundles": [{"CPU": 1}]}
     return options
@@ -130,13 +140,48 @@ def engine_environment(config: EngineConfig) -> dict[str, str]:
     return environment
 
 
-def _deployment_options(config: ServingConfig) -> dict[str, Any]:
-    return {
-        "num_replicas": config.replicas,
+def deployment_options(config: ServingConfig) -> dict[str, Any]:
+    """Ray Serve's options of the model's deployment: size, queue, router, autoscaling."""
+    options: dict[str, Any] = {
         # A replica takes everything: the order is the engine's decision, not the proxy's.
         "max_ongoing_requests": config.engine.max_num_seqs + config.max_waiting,
         "max_queued_requests": config.max_waiting,
         "health_check_period_s": HEALTH_CHECK_S,
         "graceful_shutdown_timeout_s": 5.0,
         "ray_actor_options": {"num_cpus": 0},
+    }
+    fleet = config.fleet
+    by_qoe = config.engine.policy == "andes"  # stock vLLM's scheduler tells nothing
+    if by_qoe:
+        options["request_router_config"] = _router_options(fleet)
+    if fleet.max_replicas is None:
+        return options | {"num_replicas": config.replicas}
+    return options | {
+        "autoscaling_config": {
+            "min_replicas": config.replicas,
+            "max_replicas": fleet.max_replicas,
+            "upscale_delay_s": fleet.upscale_delay_s,
+            "downscale_delay_s": fleet.downscale_delay_s,
+            "metrics_interval_s": 1.0,
+            "look_back_period_s": 5.0,
+            **({"policy": _scaling_policy(fleet)} if by_qoe else {}),
+        }
+    }
+
+
+def _router_options(fleet: FleetConfig) -> dict[str, Any]:
+    chosen: dict[str, Any] = {"request_routing_stats_period_s": fleet.stats_period_s}
+    if fleet.router == "qoe":
+        chosen["request_router_class"] = "actors.serving.router:QoERequestRouter"
+        chosen["request_router_kwargs"] = {
+            "routing": config_to_dict(fleet.routing),
+            "switchable": fleet.switchable,
+        }
+    return chosen
+
+
+def _scaling_policy(fleet: FleetConfig) -> dict[str, Any]:
+    return {
+        "policy_function": "actors.serving.autoscaling:QoEScalingPolicy",
+        "policy_kwargs": config_to_dict(fleet.scaling),
     }

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from actors.andes.engine_settings import POLICY_FIELD
+from actors.andes.engine_settings import POLICY_FIELD, ROUTER_FIELD
 from actors.serving.endpoint import quiet_logs
 from raysys.errors import CapabilityError, RemoteError
 from raysys.serving.andes.qoe import FinishReason, Outcome, QoESpec, QoETracker
@@ -33,6 +33,7 @@ class Chat:
         max_tokens: length limit of the answer.
         exact_length: ignore the model's own end, so that every run has the same lengths.
         policy: ask a switchable engine for ``"fcfs"`` or ``"andes"``; None says nothing.
+        router: ask a switchable fleet for ``"qoe"`` or ``"power_of_two"``; None says nothing.
     """
 
     prompt: str
@@ -41,6 +42,7 @@ class Chat:
     max_tokens: int = 64
     exact_length: bool = False
     policy: str | None = None
+    router: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,7 +199,7 @@ class ChatClient:
                 extra_body={
                     "ignore_eos": chat.exact_length,
                     "return_token_ids": True,
-                    "vllm_xargs": qoe_fields(chat.spec) | _policy_field(chat.policy),
+                    "vllm_xargs": qoe_fields(chat.spec) | switches(chat),
                 },
             )
             async for chunk in response:
@@ -246,8 +248,10 @@ class _Collector:
             self.text.append(content)
 
 
-def _policy_field(policy: str | None) -> dict[str, float | str]:
-    return {POLICY_FIELD: policy} if policy else {}
+def switches(chat: Chat) -> dict[str, float | str]:
+    """The request fields that choose a policy and a router."""
+    wanted = {POLICY_FIELD: chat.policy, ROUTER_FIELD: chat.router}
+    return {name: value for name, value in wanted.items() if value}
 
 
 def describe_failure(problem: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,9 +12,12 @@ from actors.serving.admission import AdmissionConfig
 from raysys import machine
 from raysys.config import check, check_choice, check_range
 from raysys.errors import ConfigError
+from raysys.serving.andes.routing import RoutingConfig
+from raysys.serving.andes.scaling import ScalingConfig
 
 KV_BLOCK = 32  # tokens; vLLM's CPU attention wants a multiple of 32
 CPU_KV_TOKENS = 16384
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +85,40 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FleetConfig:
+    """Several replicas: who gets a request, and how many replicas there are.
+
+    Args:
+        router: ``"qoe"`` sends a request where the readers lose the least; ``"power_of_two"`` is
+            Ray Serve's default: two replicas at random, the shorter queue of both.
+        routing: options of the QoE router.
+        stats_period_s: how often a replica's statistics go to the router.
+        switchable: obey the request field ``andes_router`` (benchmarks only).
+        max_replicas: scale between ``replicas`` and this many by the readers' QoE; None keeps
+            ``replicas``.
+        scaling: options of the autoscaler.
+        upscale_delay_s, downscale_delay_s: how long a wish must last before it is followed.
+    """
+
+    router: Literal["qoe", "power_of_two"] = "qoe"
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    stats_period_s: float = 0.5
+    switchable: bool = False
+    max_replicas: int | None = None
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    upscale_delay_s: float = 5.0
+    downscale_delay_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        check_choice(self, "router", ("qoe", "power_of_two"))
+        check_range(self, "stats_period_s", 0.05, 60.0)
+        check_range(self, "upscale_delay_s", 0.0)
+        check_range(self, "downscale_delay_s", 0.0)
+        if self.max_replicas is not None:
+            check_range(self, "max_replicas", 1, 1024)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServingConfig:
     """The whole endpoint.
 
@@ -91,6 +128,10 @@ class ServingConfig:
         replicas: engines behind the endpoint.
         max_waiting: requests that may wait for a replica before the endpoint answers 503.
         start_timeout_s: how long the engines may take to start.
+        page: the page at ``/``; ``"auto"`` lets it start bursts and switch policies (which costs
+            the engine's time) only on a loopback address without API keys, ``"on"`` always,
+            ``"read"`` never, ``"off"`` serves no page.
+        fleet: router and autoscaler.
         admission: limits and API keys at the door.
         andes: the QoE-aware scheduler's options, and the targets of requests that tell none.
     """
@@ -100,6 +141,8 @@ class ServingConfig:
     replicas: int = 1
     max_waiting: int = 512
     start_timeout_s: float = 600.0
+    page: Literal["auto", "on", "read", "off"] = "auto"
+    fleet: FleetConfig = field(default_factory=FleetConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
@@ -110,8 +153,23 @@ class ServingConfig:
         check_range(self, "replicas", 1, 1024)
         check_range(self, "max_waiting", 1)
         check_range(self, "start_timeout_s", 1)
+        check_choice(self, "page", ("auto", "on", "read", "off"))
+        most = self.fleet.max_replicas
+        check(self, "replicas", most is None or self.replicas <= most, "at most fleet.max_replicas")
         if not self.host:
             raise ConfigError("host", self.host, "an address such as 127.0.0.1")
+
+    @property
+    def bursts(self) -> bool:
+        """Whether the page may start bursts and switch policies."""
+        if self.page == "auto":
+            return self.host in LOOPBACK and not self.admission.keys
+        return self.page == "on"
+
+    @property
+    def engine_andes(self) -> AndesEngineConfig:
+        """What the engine gets: bursts from the page need a policy that can be switched."""
+        return replace(self.andes, switchable=self.andes.switchable or self.bursts)
 
     @property
     def url(self) -> str:

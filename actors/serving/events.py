@@ -18,6 +18,8 @@ def read_chunk(chunk: Any) -> tuple[int, bool]:
 
     The engine sends one event per token; an event carries text in its ``content`` or ``text``.
     """
+    if isinstance(chunk, list):  # a replica's batch of events, not yet joined by the ingress
+        chunk = "".join(chunk)
     text = chunk if isinstance(chunk, str) else bytes(chunk).decode("utf-8", "replace")
     tokens, failed = 0, False
     for event in text.split("\n\n"):
@@ -44,5 +46,6 @@ def error_event(error: Exception) -> str:
 
 def refusal_body(status: int, message: str, field: str | None) -> dict[str, Any]:
     """An error in OpenAI's format."""
-    kinds = {401: "authentication_error", 422: "invalid_request_error", 429: "rate_limit_error"}
-    return {"error": {"message": message, "type": kinds[status], "param": field, "code": status}}
+    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": field, "code": status}}

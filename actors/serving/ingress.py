@@ -8,7 +8,7 @@ the moment each chunk leaves this process.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import Request
@@ -18,24 +18,43 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from actors.serving.admission import AdmissionGate, ApiKey, find_key
 from actors.serving.config import ServingConfig
-from actors.serving.events import bearer, error_event, read_chunk, refusal_body
+from actors.serving.events import bearer, refusal_body
 from actors.serving.ledger import QoELedger
+from actors.serving.page import PageEndpoints
 from actors.serving.targets import ANONYMOUS, merge_targets
+from actors.serving.visit import Visit
 from raysys.config import config_from_dict
 from raysys.errors import ConfigError
-from raysys.serving.andes.qoe import FinishReason, QoETracker
+from raysys.serving.andes.qoe import QoETracker
 
 Handler = Callable[[Any, Request], Awaitable[Response]]
 
 
-class QoEIngress(OpenAiIngress):  # type: ignore[misc]
-    """Ray Serve LLM's ingress with targets, admission, keys and a QoE ledger."""
+# What is served, by method of the ingress. Ray Serve LLM's other routes (embeddings, scores,
+# transcriptions) are for other kinds of models.
+ENDPOINTS: dict[str, Callable[[Any], Any]] = {
+    "models": lambda app: app.get("/v1/models"),
+    "model_data": lambda app: app.get("/v1/models/{model:path}"),
+    "chat": lambda app: app.post("/v1/chat/completions"),
+    "completions": lambda app: app.post("/v1/completions"),
+    "tokenize": lambda app: app.post("/tokenize"),
+    "detokenize": lambda app: app.post("/detokenize"),
+    "page": lambda app: app.get("/", include_in_schema=False),
+    "page_file": lambda app: app.get("/page/{name}", include_in_schema=False),
+    "service": lambda app: app.get("/qoe"),
+    "start_burst": lambda app: app.post("/qoe/bursts", status_code=202),
+}
+
+
+class QoEIngress(PageEndpoints, OpenAiIngress):  # type: ignore[misc]
+    """Ray Serve LLM's ingress with targets, admission, keys, a QoE ledger and a page."""
 
     def __init__(self, *args: Any, settings: dict[str, Any], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        OpenAiIngress.__init__(self, *args, **kwargs)
         self.settings = config_from_dict(ServingConfig, settings)
         self.gate = AdmissionGate(self.settings.admission)
         self.ledger = QoELedger()
+        PageEndpoints.__init__(self)
 
     async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
         """Chat completion; QoE targets in ``vllm_xargs`` or ``X-QoE-*`` headers."""
@@ -54,7 +73,7 @@ class QoEIngress(OpenAiIngress):  # type: ignore[misc]
         try:
             # The raw body, because the request model has already turned true into 1.
             given = (await request.json()).get("vllm_xargs")
-            fields, spec = merge_targets(given, request.headers, key, self.settings.andes)
+            fields, spec = merge_targets(given, request.headers, key, self.settings)
         except ConfigError as error:
             return refusal(422, str(error), error.field)
         body.vllm_xargs = fields
@@ -62,9 +81,10 @@ class QoEIngress(OpenAiIngress):  # type: ignore[misc]
         now = time.monotonic()
         retry_s = self.gate.enter(tenant, now, key.max_inflight if key else None)
         if retry_s:
-            self.ledger.refused(tenant)
+            self.ledger.refused(tenant, now)
             return refusal(429, "the endpoint is full", None, {"Retry-After": str(retry_s)})
-        visit = _Visit(self, tenant, QoETracker(spec, now))
+        self.watch()
+        visit = Visit(self.gate, self.ledger, tenant, QoETracker(spec, now))
         try:
             response = await handler(body, request)
         except BaseException:
@@ -75,41 +95,6 @@ class QoEIngress(OpenAiIngress):  # type: ignore[misc]
         else:
             visit.end("stop", count=False)
         return response
-
-
-class _Visit:
-    """One admitted request until its last byte."""
-
-    def __init__(self, ingress: QoEIngress, tenant: str, tracker: QoETracker) -> None:
-        self._ingress = ingress
-        self._tenant = tenant
-        self._tracker = tracker
-        self._open = True
-
-    async def follow(self, chunks: Any) -> AsyncIterator[Any]:
-        reason: FinishReason = "cancelled"
-        try:
-            async for chunk in chunks:
-                tokens, failed = read_chunk(chunk)
-                self._tracker.on_token(time.monotonic(), tokens)
-                if failed:
-                    reason = "error"
-                yield chunk
-            reason = "stop" if reason == "cancelled" else reason
-        except Exception as error:  # the replica is gone: say so in the stream, then end it
-            reason = "error"
-            yield error_event(error)
-        finally:
-            self.end(reason)
-
-    def end(self, reason: FinishReason, *, count: bool = True) -> None:
-        if not self._open:
-            return
-        self._open = False
-        now = time.monotonic()
-        self._ingress.gate.leave(self._tenant, now)
-        if count:
-            self._ingress.ledger.finished(self._tenant, self._tracker.finish(now, reason))
 
 
 def refusal(

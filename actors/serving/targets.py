@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from actors.andes.engine_settings import POLICY_FIELD, AndesEngineConfig
+from actors.andes.engine_settings import POLICY_FIELD, ROUTER_FIELD
 from actors.serving.admission import ApiKey
+from actors.serving.config import ServingConfig
 from raysys.serving.andes.spec import FIELD_PREFIX, QoESpec, default_ttft_s, spec_from_fields
 
 HEADERS = {
@@ -29,7 +30,7 @@ def merge_targets(
     fields: Mapping[str, Any] | None,
     headers: Mapping[str, str],
     key: ApiKey | None,
-    config: AndesEngineConfig,
+    settings: ServingConfig,
 ) -> tuple[dict[str, Any], QoESpec]:
     """Merge and check a request's targets.
 
@@ -37,7 +38,7 @@ def merge_targets(
         fields: ``vllm_xargs`` of the body.
         headers: HTTP headers, names in lower case.
         key: the API key of the client, or None on an open endpoint.
-        config: the model's defaults.
+        settings: the endpoint's defaults, and which switches clients may use.
 
     Returns:
         The ``vllm_xargs`` to send on, and the targets (a TTFT that nobody told is the paper's
@@ -46,6 +47,7 @@ def merge_targets(
     Raises:
         ConfigError: names the ``qoe_*`` field that is wrong.
     """
+    config = settings.engine_andes
     merged: dict[str, Any] = {
         name: headers[header] for header, name in HEADERS.items() if headers.get(header) is not None
     }
@@ -63,6 +65,8 @@ def merge_targets(
         spec = spec_from_fields(merged, default, allow_text=True)
     if not config.switchable:
         merged.pop(POLICY_FIELD, None)
+    if not settings.fleet.switchable:
+        merged.pop(ROUTER_FIELD, None)
     for name in NUMBERS:
         if name in merged:
             merged[name] = getattr(spec, name.removeprefix(FIELD_PREFIX))

@@ -38,7 +38,11 @@ def make_engine(folder: Path) -> Any:
     from actors.andes.engine_settings import AndesEngineConfig, engine_arguments
     from raysys.config import config_from_dict
 
-    values = {"switchable": True, "scheduler": {"planner": PLANNER}}
+    values = {
+        "switchable": True,
+        "scheduler": {"planner": PLANNER},
+        "step_log": str(folder.parent / "steps.jsonl"),
+    }
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     return LLM(
@@ -64,7 +68,7 @@ def generate(llm: Any, policy: str, count: int = 8) -> list[list[int]]:
         SamplingParams(
             temperature=0.0, max_tokens=56, ignore_eos=True, detokenize=False,
             extra_args={"qoe_ttft_s": 0.0, "qoe_tds": 1000.0 if i % 2 else 20.0,
-                        "andes_policy": policy},
+                        "andes_policy": policy, "qoe_tenant": "odd" if i % 2 else "even"},
         )
         for i in range(count)
     ]  # fmt: skip
@@ -118,6 +122,41 @@ def abort_midway(llm: Any) -> dict[str, Any]:
     return {
         "states": states,
         "left": len(scheduler.requests),
+        "left_slots": len(scheduler.slots),
+        "free": scheduler.kv_free(),
+        "capacity": scheduler.kv_capacity(),
+    }
+
+
+def long_queue(llm: Any, count: int = 10_000) -> dict[str, Any]:
+    """Ten thousand requests wait: steps go on, plans stay short, and nothing is left behind."""
+    from vllm import SamplingParams
+
+    scheduler = scheduler_of(llm)
+    engine = llm.llm_engine
+    scheduler.plan_ms.clear()
+    params = SamplingParams(
+        temperature=0.0, max_tokens=4, ignore_eos=True, detokenize=False,
+        extra_args={"qoe_tds": 5.0, "andes_policy": "andes"},
+    )  # fmt: skip
+    ids = [f"queued-{index}" for index in range(count)]
+    for index, name in enumerate(ids):
+        engine.add_request(name, {"prompt_token_ids": [3 + index % 500, 7, 9]}, params)
+    finished = 0
+    for _ in range(60):
+        finished += sum(output.finished for output in engine.step())
+    waiting = len(scheduler.waiting)
+    engine.abort_request(ids)
+    for _ in range(3):
+        engine.step()
+    llm.reset_prefix_cache()
+    plans = sorted(scheduler.plan_ms)
+    return {
+        "waiting": waiting,
+        "finished": finished,
+        "plans": len(plans),
+        "plan_ms": plans[len(plans) // 2],
+        "faults": scheduler.brain.counters.faults,
         "left_slots": len(scheduler.slots),
         "free": scheduler.kv_free(),
         "capacity": scheduler.kv_capacity(),
@@ -194,6 +233,7 @@ def main() -> None:
     facts = {
         "policies": compare_policies(llm),
         "aborts": abort_midway(llm),
+        "long_queue": long_queue(llm),
         "bad_targets": bad_targets(llm),
         "failing_plan": failing_plan(llm),
         "guard": guard(),

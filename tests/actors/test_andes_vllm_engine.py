@@ -15,7 +15,10 @@ from typing import Any
 
 import pytest
 
+from jobs.calibrate import read_step_log
 from raysys import machine
+from raysys.serving.andes.models import fit_step_time
+from raysys.serving.andes.routing import load_from_dict
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 PROBE = Path(__file__).with_name("andes_engine_probe.py")
@@ -26,6 +29,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed: run `make setup`")
     folder = tmp_path_factory.mktemp("andes")
+    log = folder / "steps.jsonl"
     result = folder / "facts.json"
     root = str(machine.app_root())
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
@@ -39,7 +43,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     )
     assert run.returncode == 0, run.stderr[-3000:]
     facts: dict[str, Any] = json.loads(result.read_text())
-    return facts
+    return facts | {"steps": read_step_log(log)}
 
 
 def test_greedy_tokens_do_not_depend_on_pauses(facts: dict[str, Any]) -> None:
@@ -65,6 +69,40 @@ def test_the_status_is_complete(facts: dict[str, Any]) -> None:
     assert status["kv_use"] == 0.0
     assert status["plan_ms_p99"] >= status["plan_ms_p50"] > 0.0
     assert set(status["step_time"]) >= {"base_s", "per_prefill_token_s"}
+
+
+def test_preemptions_and_planning_time_are_told_by_tenant(facts: dict[str, Any]) -> None:
+    tenants = facts["policies"]["status"]["tenants"]
+    assert set(tenants) == {"odd", "even"}
+    assert sum(one["preemptions"] for one in tenants.values()) >= facts["policies"]["pauses_andes"]
+    assert all(one["plan_s"] > 0.0 and one["live"] == 0 for one in tenants.values())
+
+
+def test_the_load_that_a_router_sees_is_one(facts: dict[str, Any]) -> None:
+    load = load_from_dict(facts["policies"]["status"]["load"])
+    assert load is not None
+    assert (load.readers, load.demand_tds) == (0, 0.0)
+    assert load.speed() > 0.0
+
+
+def test_every_step_is_in_the_log(facts: dict[str, Any]) -> None:
+    steps = facts["steps"]
+    assert len(steps) >= facts["policies"]["steps"]
+    assert (steps[:, 0] >= 1).all()  # nobody computes nothing
+    assert (steps[:, 3] > 0.0).all()
+    assert steps[:, 1].max() > 24  # prompts are there
+    assert fit_step_time(*steps.T)[0].base_s > 0.0
+
+
+def test_ten_thousand_requests_may_wait(facts: dict[str, Any]) -> None:
+    queue = facts["long_queue"]
+    assert queue["waiting"] > 9_000
+    assert queue["finished"] > 0
+    assert queue["plans"] > 0
+    assert queue["faults"] == 0
+    assert queue["plan_ms"] < 500.0
+    assert queue["left_slots"] == 0
+    assert queue["free"] == queue["capacity"]
 
 
 def test_clients_that_leave_give_their_blocks_back(facts: dict[str, Any]) -> None:

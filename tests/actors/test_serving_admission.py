@@ -19,14 +19,14 @@ from actors.serving.admission import (
     ApiKey,
     find_key,
 )
-from actors.serving.config import ServingConfig
+from actors.serving.config import FleetConfig, ServingConfig
 from actors.serving.ledger import QoELedger
 from actors.serving.targets import merge_targets
 from raysys.config import config_from_dict, config_to_dict
 from raysys.errors import ConfigError
 from raysys.serving.andes.qoe import QoESpec, QoETracker
 
-DEFAULTS = AndesEngineConfig(default_ttft_s=2.0, default_tds=3.0)
+DEFAULTS = ServingConfig(page="read", andes=AndesEngineConfig(default_ttft_s=2.0, default_tds=3.0))
 
 
 def digest(key: str) -> str:
@@ -122,11 +122,23 @@ def test_the_body_wins_over_the_headers_and_both_over_the_default() -> None:
     assert (spec.ttft_s, spec.tds) == (2.0, 3.0)
 
 
-def test_other_fields_pass_through_but_the_policy_switch_does_not() -> None:
-    given = {"andes_policy": "fcfs", "my_processor": [1, 2]}
+def test_other_fields_pass_through_but_the_switches_do_not() -> None:
+    given = {"andes_policy": "fcfs", "andes_router": "power_of_two", "my_processor": [1, 2]}
     assert merge_targets(given, {}, None, DEFAULTS)[0] == {"my_processor": [1, 2]}
-    switchable = AndesEngineConfig(switchable=True)
+    switchable = ServingConfig(
+        page="read",
+        andes=AndesEngineConfig(switchable=True),
+        fleet=FleetConfig(switchable=True),
+    )
     assert merge_targets(given, {}, None, switchable)[0] == given
+
+
+def test_the_page_may_switch_policies_only_where_strangers_cannot() -> None:
+    assert ServingConfig().engine_andes.switchable
+    assert not ServingConfig(host="0.0.0.0").engine_andes.switchable
+    assert not ServingConfig(admission=AdmissionConfig(keys=(RED,))).bursts
+    assert ServingConfig(host="0.0.0.0", page="on").bursts
+    assert not ServingConfig(page="read").bursts
 
 
 def test_a_key_decides_tenant_and_weight() -> None:
@@ -167,10 +179,30 @@ def test_the_ledger_counts_refused_readers_as_nothing() -> None:
     ledger = QoELedger(metrics=False)
     good = QoETracker(QoESpec(), 0.0)
     good.on_token(0.5, 10)
-    ledger.finished("blue", good.finish(1.0))
+    ledger.finished("blue", good.finish(1.0), 1.0)
     assert ledger.mean_qoe("blue") == 1.0
-    ledger.refused("blue")
+    ledger.refused("blue", 1.0)
     assert ledger.mean_qoe("blue") == 0.5
-    ledger.finished("red", QoETracker(QoESpec(), 0.0).finish(0.1, "cancelled"))
+    ledger.finished("red", QoETracker(QoESpec(), 0.0).finish(0.1, "cancelled"), 0.1)
     assert ledger.mean_qoe("red") == 1.0  # left before it expected anything
     assert ledger.totals["red"]["left_early"] == 1
+
+
+def test_the_ledger_tells_the_experience_over_time() -> None:
+    ledger = QoELedger(metrics=False)
+    assert ledger.sample(0.0) == {"t": 0.0, "live": 0.0, "qoe": 1.0, "behind": 0.0}
+    waiting = QoETracker(QoESpec(ttft_s=1.0), 0.0)
+    ledger.live.add(waiting)
+    ledger.refused("blue", 5.0)
+    assert ledger.sample(10.0) == {"t": 10.0, "live": 1.0, "qoe": 0.0, "behind": 1.0}
+    ledger.live.discard(waiting)
+    assert ledger.sample(40.0)["qoe"] == 1.0  # the refusal is longer than 30 s ago
+    assert len(ledger.series) == 3
+
+
+def test_tenants_of_strangers_are_bounded() -> None:
+    ledger = QoELedger(metrics=False)
+    for number in range(500):
+        ledger.refused(f"tenant-{number}", 1.0)
+    assert len(ledger.totals) <= 101
+    assert ledger.totals["(others)"]["refused"] == 400

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from actors.serving import application
-from actors.serving.application import engine_environment, engine_options, llm_options
+from actors.serving.application import (
+    deployment_options,
+    engine_environment,
+    engine_options,
+    llm_options,
+)
+from actors.serving.autoscaling import QoEScalingPolicy
 from actors.serving.config import EngineConfig, ModelConfig, ServingConfig
 from actors.serving.endpoint import check_port, first_reason, free_port
 from raysys.config import load_config
@@ -118,3 +124,33 @@ def test_the_cause_is_picked_from_a_long_message() -> None:
     assert first_reason(message) == "RuntimeError: no memory"
     assert first_reason("") == "no reason was given"
     assert first_reason("still starting") == "still starting"
+
+
+def test_the_fleet_gets_the_qoe_router_and_a_fixed_size() -> None:
+    options = deployment_options(ServingConfig(replicas=3, engine=CPU))
+    assert options["num_replicas"] == 3
+    router = options["request_router_config"]
+    assert router["request_router_class"] == "actors.serving.router:QoERequestRouter"
+    assert router["request_routing_stats_period_s"] == 0.5
+    plain = load_config(ServingConfig, overrides=["fleet.router=power_of_two"])
+    assert "request_router_class" not in deployment_options(plain)["request_router_config"]
+
+
+def test_stock_vllm_gets_ray_serves_own_router_and_autoscaler() -> None:
+    config = load_config(ServingConfig, overrides=["engine.policy=vllm", "fleet.max_replicas=2"])
+    options = deployment_options(config)
+    assert "request_router_config" not in options
+    assert "policy" not in options["autoscaling_config"]
+    assert "server_cls" not in llm_options(config, FACTS)
+
+
+def test_scaling_options_reach_the_policy() -> None:
+    config = load_config(
+        ServingConfig, overrides=["fleet.max_replicas=4", "fleet.scaling.late_share=0.2"]
+    )
+    options = deployment_options(config)["autoscaling_config"]
+    assert (options["min_replicas"], options["max_replicas"]) == (1, 4)
+    policy = QoEScalingPolicy(**options["policy"]["policy_kwargs"])
+    assert policy.config.late_share == 0.2
+    with pytest.raises(ConfigError, match="replicas"):
+        load_config(ServingConfig, overrides=["fleet.max_replicas=1", "replicas=2"])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jobs.bench import andes
-from jobs.bench.andes_simulator import (
+from jobs.bench.andes import planning, simulated
+from jobs.bench.andes.cases import (
     ABLATIONS,
     MACHINES,
     Case,
@@ -53,17 +54,17 @@ def test_cases_name_what_exists():
         make_workload(Case(load="tides", rate=1.0, seed=1))
     assert {PlannerConfig(**options) for options in ABLATIONS.values()}
     assert make_policy(Case(load="poisson", rate=1.0, seed=1, policy="round_robin")).name
-    assert {case.machine for case in andes._harm_cases(Profile())} == set(MACHINES)
+    assert {case.machine for case in simulated.harm_cases(Profile())} == set(MACHINES)
 
 
 def test_packing_claim_runs():
-    claim = andes.dp_gap(Profile())
+    claim = planning.dp_gap(Profile())
     assert 0.0 <= claim.value < claim.baseline.value
     assert set(andes.CLAIMS) >= {"qoe_cyclic_1p4", "do_no_harm", "azure_conversation"}
 
 
 def test_crowded_table_is_crowded():
-    table, slots, capacity = andes.overloaded_table(200, 1)
+    table, slots, capacity = planning.overloaded_table(200, 1)
     running = table.running[slots]
     assert 10 < running.sum() < 190
     assert table.context_tokens[slots][running].sum() <= capacity

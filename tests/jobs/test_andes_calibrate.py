@@ -1,7 +1,6 @@
 """The calibration job: a known machine is found again, and bad logs are refused by name."""
 
 import contextlib
-import dataclasses
 import json
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import yaml
 
 from actors.andes.engine_settings import write_status
-from jobs.calibrate import JOB, CalibrateConfig, read_step_log, select_steps
+from jobs.calibrate import JOB, CalibrateConfig, read_step_log, select_steps, words
 from jobs.launcher import JobContext, main
 from raysys.errors import ConfigError, DataError, StorageError
 from raysys.serving.andes.models import StepTime, fit_step_time
@@ -79,13 +78,13 @@ def test_too_few_steps_is_an_error_of_the_log(tmp_path, capsys):
     assert "usable steps" in capsys.readouterr().err
 
 
-def test_an_engine_is_loaded_with_every_burst_and_asked(monkeypatch, tmp_path):
-    sizes, learnt = [], dataclasses.asdict(TRUE)
+def test_an_engine_is_loaded_with_every_burst_and_its_steps_are_fitted(monkeypatch, tmp_path):
+    sizes = []
 
     @contextlib.contextmanager
     def start(endpoint, report):
-        status = {"step_time": learnt, "steps": 321, "running": 0, "waiting": 0}
-        write_status(Path(endpoint.andes.status_file), status)
+        write_log(Path(endpoint.andes.step_log))
+        write_status(Path(endpoint.andes.status_file), {"running": 0, "waiting": 0})
         report("an engine is started")
         yield
 
@@ -98,7 +97,9 @@ def test_an_engine_is_loaded_with_every_burst_and_asked(monkeypatch, tmp_path):
     monkeypatch.setattr("actors.serving.client.ChatClient.burst", burst)
     monkeypatch.setattr("actors.serving.client.require_complete", lambda streams: None)
     run = tmp_path / "run"
-    assert main(JOB, ["--set", "bursts=[1, 3]", "--run-dir", str(run)]) == 0
+    options = words(["serving", "--set", "bursts=[1, 3]", "--run-dir", str(run)])
+    assert main(JOB, options) == 0
     assert sizes == [1, 3]
-    assert yaml.safe_load((run / "step_time.yaml").read_text())["step_time"] == learnt
-    assert json.loads((run / "result.json").read_text())["steps"] == 321
+    found = StepTime(**yaml.safe_load((run / "step_time.yaml").read_text())["step_time"])
+    assert float(found.predict(10, 0, 3000)) == pytest.approx(float(TRUE.predict(10)), rel=0.03)
+    assert len(read_step_log(run / "steps.jsonl")) == 400

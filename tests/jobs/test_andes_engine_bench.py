@@ -9,8 +9,8 @@ import pytest
 
 from actors.andes.contest import ContestConfig, contest_chats, contest_endpoint, same_text
 from actors.serving.client import Chat, Stream
-from jobs.bench import andes_engine
-from jobs.bench.andes_engine import Measured, engine_qoe_gain, sim_fidelity, workload_of
+from jobs.bench.andes import engine as andes_engine
+from jobs.bench.andes.engine import Measured, engine_qoe_gain, sim_fidelity, workload_of
 from jobs.tour.stages import serving
 from raysys.bench import Profile
 from raysys.config import load_config

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -23,12 +24,15 @@ from typing import Any
 
 import pytest
 
+from actors.andes.engine_settings import read_status
 from actors.serving import packaged_model
 from actors.serving.client import Chat, ChatClient, Stream, require_complete, summarize_burst
 from actors.serving.endpoint import free_port
 from actors.session import Session
 from raysys import machine
 from raysys.serving.andes.qoe import QoESpec
+from raysys.serving.andes.routing import load_from_dict
+from tests.jobs.serving_fuzz import fuzz
 
 psutil = pytest.importorskip("psutil", reason="comes with the serving extra: make setup")
 
@@ -47,6 +51,17 @@ def wait_for(condition: Callable[[], Any], what: str, timeout_s: float) -> Any:
         assert time.monotonic() < deadline, f"{what}: not within {timeout_s:.0f} s"
         threading.Event().wait(0.25)
     return value
+
+
+def status_file() -> Path:
+    """Where the engine's scheduler writes; one engine, one file a test run."""
+    return Path(tempfile.gettempdir()) / f"raysys-test-status-{os.getpid()}.json"
+
+
+def everything_is_free() -> bool:
+    """No request inside the engine and no block in use."""
+    status = read_status(status_file())
+    return status is not None and status["kv_use"] == status["running"] == status["waiting"] == 0
 
 
 def engine_processes() -> list[Any]:
@@ -79,7 +94,8 @@ def endpoint(ray_cluster: Session, tmp_path_factory: pytest.TempPathFactory) -> 
         str(Path(sys.executable).parent / "serve"), "run", "jobs.serve:app",
         "--name", "llm",
         "engine.max_model_len=256", "engine.max_num_seqs=8", "engine.kv_tokens=2048",
-        f"admission={json.dumps(ADMISSION)}",
+        f"admission={json.dumps(ADMISSION)}", "page=on",
+        f"andes.status_file={status_file()}",
     ]  # fmt: skip
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -181,6 +197,8 @@ def test_equal_chats_get_equal_tokens(endpoint: str) -> None:
         ({"model": packaged_model.NAME}, 400),
         (b"{not json", 400),
         (b"", 400),
+        (b"[1, 2]", 400),
+        (b"\xff\xfe", 400),
     ],
 )
 def test_bad_requests_are_refused_with_their_status(endpoint: str, body: Any, status: int) -> None:
@@ -198,6 +216,73 @@ def test_bad_targets_are_refused_and_named(endpoint: str) -> None:
     status, text = ask(f"{endpoint}/v1/chat/completions", chat, **{"X-QoE-TTFT-S": "-3"})
     assert status == 422
     assert json.loads(text)["error"]["param"] == "qoe_ttft_s"
+
+
+def test_another_content_type_is_refused(endpoint: str) -> None:
+    body = json.dumps(
+        {"model": packaged_model.NAME, "messages": [{"role": "user", "content": "Hi"}]}
+    ).encode()
+    url = f"{endpoint}/v1/chat/completions"
+    for kind in ("text/plain", "application/xml", "multipart/form-data"):
+        status, text = ask(url, body, **{"Content-Type": kind})
+        assert status == 400, text
+
+
+def test_the_schema_holds_under_fuzzing(endpoint: str) -> None:
+    """Whatever fits the endpoint's own schema, and what does not, gets an answer below 500."""
+    report = fuzz(endpoint, KEY, packaged_model.NAME, examples=15)
+    assert report.calls >= 60
+    assert report.operations >= 6
+    assert not report.failures, report.failures[:3]
+    wait_for(everything_is_free, "the engine after the fuzz", 60.0)
+
+
+def test_the_page_and_its_burst(endpoint: str) -> None:
+    with urllib.request.urlopen(f"{endpoint}/", timeout=30) as page:
+        assert b"page/app.js" in page.read()
+        assert "default-src 'self'" in page.headers["Content-Security-Policy"]
+    assert ask(f"{endpoint}/page/none.js")[0] == 404
+    assert ask(f"{endpoint}/qoe", None, Authorization="")[0] == 401
+    burst = {"policy": "fcfs", "chats": 3, "tokens": 6, "spread_s": 0.0, "tds": 3.0}
+    assert ask(f"{endpoint}/qoe/bursts", burst | {"chats": 10_000})[0] == 400
+    assert ask(f"{endpoint}/qoe/bursts", burst, Origin="http://elsewhere")[0] == 403
+    assert ask(f"{endpoint}/qoe/bursts", burst)[0] == 202
+    assert ask(f"{endpoint}/qoe/bursts", burst)[0] == 409
+
+    def done() -> Any:
+        [last] = ask(f"{endpoint}/qoe")[1]["bursts"]
+        return None if last["running"] else last
+
+    last = wait_for(done, "the burst", 60.0)
+    assert last["done"] == 3
+    assert 0.0 < last["worst_qoe"] <= last["mean_qoe"] <= 1.0
+    status = read_status(status_file())
+    assert status is not None
+    assert status["policy"] == "fcfs"
+    series = ask(f"{endpoint}/qoe")[1]["series"]
+    assert max(point["live"] for point in series) >= 1
+    chats_again = {"policy": "andes", "chats": 1, "tokens": 2, "spread_s": 0.0}
+    assert ask(f"{endpoint}/qoe/bursts", chats_again)[0] == 202
+
+
+def test_the_controller_has_the_replicas_statistics(endpoint: str) -> None:
+    """What the router decides by comes from the engine and is fresh."""
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+
+    def fresh() -> Any:
+        found = ray.get(controller._all_running_replicas.remote())
+        stats = [one.routing_stats for name, ones in found.items() for one in ones
+                 if "QoEServer" in str(name)]  # fmt: skip
+        load = load_from_dict(stats[0].get("load") or {}) if stats else None
+        return load if load is not None and time.time() - load.time_s < 5.0 else None
+
+    load = wait_for(fresh, "routing statistics", 30.0)
+    assert load.max_batch == 8
+    assert load.capacity_tokens == 2048
+    assert 1.0 < load.speed() < 10_000.0
 
 
 def test_without_the_key_nobody_enters(endpoint: str) -> None:
@@ -236,6 +321,7 @@ def test_clients_that_leave_give_their_places_back(endpoint: str) -> None:
         with socket.create_connection((host, int(port)), timeout=60) as leaver:
             leaver.sendall((head + body).encode())
             assert b"200" in leaver.recv(64)
+    wait_for(everything_is_free, "the blocks of those who left", 30.0)
     wait_for(lambda: chat_once(endpoint), "a place", 30.0)
     client = ChatClient(f"{endpoint}/v1", packaged_model.NAME, KEY)
     wait_for(lambda: not any(s.error for s in client.burst(chats(6, max_tokens=2))), "all", 30.0)

@@ -38,6 +38,9 @@ class PlannerConfig:
         max_wait_s: starvation guard: a reader without text, unserved for so long, goes first.
         starved_every_s: at most one such boost per so many seconds; without a limit a long overload
             turns every order into order of arrival.
+        max_tds: nobody is planned with a higher reading speed than this (tokens/s), whatever is
+            asked for. The fastest of the paper's classes takes 7.7. Without a limit a client that
+            claims 1,000 would always be behind, never be paused, and live at others' cost.
         tail_target: q* of the tail objective.
         frozen_wait: for studies: Qwait is the current QoE, so that waiting costs nothing.
     """
@@ -52,7 +55,7 @@ class PlannerConfig:
     gate: bool = True
     guard_s: float = 2.0
     guard_restore_factor: float = 3.0
-    guard_room_factor: float = 8.0
+    guard_room_factor: float = 12.0
     refiner: bool = True
     charge_waiting: bool = True
     per_length: bool = True
@@ -61,6 +64,7 @@ class PlannerConfig:
     batch_candidates: int = 8
     max_wait_s: float = 60.0
     starved_every_s: float = 20.0
+    max_tds: float = 12.0
     tail_target: float = 0.95
     frozen_wait: bool = False
 
@@ -79,6 +83,7 @@ class PlannerConfig:
         check_range(self, "batch_candidates", 1, 64)
         check_range(self, "max_wait_s", 0.0, low_open=True)
         check_range(self, "starved_every_s", 0.0)
+        check_range(self, "max_tds", 0.0, 1000.0, low_open=True)
         check_range(self, "tail_target", 0.0, 1.0)
 
 

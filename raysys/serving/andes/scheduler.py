@@ -18,7 +18,7 @@ from raysys.config import check_choice, check_range
 from raysys.serving.andes.controller import ControllerConfig, HarmController
 from raysys.serving.andes.models import LatencyModel, RestoreModel, StepTime
 from raysys.serving.andes.planner import Planner, PlannerConfig
-from raysys.serving.andes.snapshot import Mode, Plan, Snapshot
+from raysys.serving.andes.snapshot import Mode, Plan, Snapshot, limit_speed
 
 DRAIN_MEMORY_S = 30.0
 
@@ -164,7 +164,7 @@ class AndesScheduler:
         boost = snapshot.now_s - self._boosted_s >= self.config.planner.starved_every_s
         try:
             plan = self.planner.plan(
-                snapshot,
+                limit_speed(snapshot, self.config.planner.max_tds),
                 self.latency.step_time,
                 self.restore_model,
                 self.mode,

@@ -9,7 +9,7 @@ Shapes: N requests. Times are seconds, sizes are tokens of KV cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -91,6 +91,23 @@ class Snapshot:
                 raise ConfigError(f"snapshot.{name}", "NaN or infinite", "finite numbers")
         if self.size and ((self.tau_s <= 0).any() or (self.context_tokens <= 0).any()):
             raise ConfigError("snapshot.tau_s", "<= 0", "positive tau_s and context_tokens")
+
+
+def limit_speed(snapshot: Snapshot, max_tds: float) -> Snapshot:
+    """The snapshot with nobody reading faster than ``max_tds`` tokens/s.
+
+    A slower reader is as far behind at most as a fast one: its last token is consumed at the same
+    time or as early as its own pace allows, so the lag shrinks by what the slower ideal line is
+    later, and the delay sum can be at most that lag for every token.
+    """
+    tau_s = 1.0 / max_tds
+    if not (snapshot.tau_s < tau_s).any():
+        return snapshot
+    tau_N = np.maximum(snapshot.tau_s, tau_s)
+    read_N = np.maximum(0.0, snapshot.tokens - 1.0)
+    lag_N = np.maximum(0.0, snapshot.lag_s - read_N * (tau_N - snapshot.tau_s))
+    delay_N = np.minimum(snapshot.delay_sum_s, snapshot.tokens * lag_N)
+    return replace(snapshot, tau_s=tau_N, lag_s=lag_N, delay_sum_s=delay_N)
 
 
 def _empty() -> IntArray:

@@ -8,59 +8,20 @@ steps are advanced together, which changes no result.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
-from raysys.config import check, check_range
 from raysys.errors import InfeasibleError
-from raysys.serving.andes.models import StepTime
 from raysys.serving.andes.simulator.blocks import BlockPool, PrefixIndex
+from raysys.serving.andes.simulator.machine import EngineConfig, SimStats
 from raysys.serving.andes.simulator.workload import Workload
 from raysys.serving.andes.snapshot import FloatArray, IntArray
-from raysys.serving.andes.spec import QoESpec
 from raysys.serving.andes.table import RequestTable
 
+__all__ = ["MAX_JUMP", "EngineConfig", "Policy", "SimEngine", "SimStats"]
+
 MAX_JUMP = 64
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineConfig:
-    """The simulated machine.
-
-    Args:
-        step_time: true step time; the planner learns its own model.
-        kv_tokens: KV room M.
-        block_tokens: tokens per KV block.
-        max_batch: most sequences at once.
-        step_tokens: most tokens computed per step.
-        chunked: chunked prefill beside decodes; False gives prefill steps of whole prompts that
-            stall all decodes (the older vLLM default).
-        prefix_cache: freed blocks stay readable until reused.
-        restore_fraction: cost of restoring a paused request's KV relative to recomputing it; 1 is
-            recompute only, 0.1 a host tier.
-        prefix_room: prompt-prefix ids remembered, for traces that carry them.
-    """
-
-    step_time: StepTime = field(default_factory=StepTime)
-    kv_tokens: int = 30_000
-    block_tokens: int = 16
-    max_batch: int = 1024
-    step_tokens: int = 2048
-    chunked: bool = True
-    prefix_cache: bool = True
-    restore_fraction: float = 1.0
-    prefix_room: int = 0
-
-    def __post_init__(self) -> None:
-        check_range(self, "kv_tokens", 1)
-        check_range(self, "block_tokens", 1)
-        check_range(self, "max_batch", 1)
-        check_range(self, "step_tokens", 1)
-        check_range(self, "restore_fraction", 0.0, 1.0)
-        check_range(self, "prefix_room", 0)
-        check(self, "kv_tokens", self.kv_tokens >= self.block_tokens, "at least one block")
 
 
 class Policy(Protocol):
@@ -88,19 +49,6 @@ class Policy(Protocol):
 
     def horizon(self, engine: SimEngine) -> int:
         """Most steps until ``before_step`` must be asked again."""
-
-
-@dataclass(slots=True)
-class SimStats:
-    """Totals of a run."""
-
-    steps: int = 0
-    busy_s: float = 0.0
-    prefill_tokens: int = 0
-    restored_tokens: float = 0.0
-    pauses: int = 0
-    evictions: int = 0
-    peak_waiting: int = 0
 
 
 class SimEngine:
@@ -157,15 +105,28 @@ class SimEngine:
     def free_tokens(self) -> int:
         return self.pool.free * self.config.block_tokens
 
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def next_arrival_s(self) -> float | None:
+        """When the next request comes; None after the last one."""
+        arrivals = self.workload.arrival_s
+        return float(arrivals[self._next]) if self._next < arrivals.size else None
+
     def run(self) -> None:
         """Serve every request to its last token."""
-        arrivals = self.workload.arrival_s
-        while self._next < arrivals.size or self.waiting or self.running:
-            if not (self.waiting or self.running):
-                self.now_s = max(self.now_s, float(arrivals[self._next]))
-            self._arrive()
-            self.policy.before_step(self)
-            self._step()
+        while self.busy or self.next_arrival_s() is not None:
+            self.turn()
+
+    def turn(self) -> None:
+        """One iteration; an idle engine goes to its next arrival first."""
+        following = self.next_arrival_s()
+        if not self.busy and following is not None:
+            self.now_s = max(self.now_s, following)
+        self._arrive()
+        self.policy.before_step(self)
+        self._step()
 
     def pause(self, slot: int) -> None:
         """Stop a running request; its blocks are freed, its full ones stay cached."""
@@ -193,19 +154,20 @@ class SimEngine:
     def _arrive(self) -> None:
         w = self.workload
         while self._next < w.size and w.arrival_s[self._next] <= self.now_s:
-            r = self._next
-            spec = QoESpec(
-                ttft_s=float(w.ttft_s[r]), tds=1.0 / float(w.tau_s[r]), weight=float(w.weight[r])
-            )
-            slot = self.table.add(spec, float(w.arrival_s[r]), int(w.prompt_tokens[r]))
-            self.request[slot] = r
-            self.left[slot] = w.output_tokens[r]
-            self.blocks[slot] = 0
-            self.repeat[slot] = False
-            self.waiting.append(slot)
+            self.accept(self._next)
             self._next += 1
-            self.policy.on_event()
         self.stats.peak_waiting = max(self.stats.peak_waiting, len(self.waiting))
+
+    def accept(self, r: int) -> None:
+        """Request ``r`` of the workload comes in."""
+        w = self.workload
+        slot = self.table.add(w.spec(r), float(w.arrival_s[r]), int(w.prompt_tokens[r]))
+        self.request[slot] = r
+        self.left[slot] = w.output_tokens[r]
+        self.blocks[slot] = 0
+        self.repeat[slot] = False
+        self.waiting.append(slot)
+        self.policy.on_event()
 
     def _step(self) -> None:
         evicted = self._make_room_for_growth()
@@ -225,8 +187,9 @@ class SimEngine:
 
     def _idle(self) -> None:
         """Nothing runs although something may wait: go to the next arrival, or fail loudly."""
-        if self._next < self.workload.size:
-            self.now_s = max(self.now_s, float(self.workload.arrival_s[self._next]))
+        following = self.next_arrival_s()
+        if following is not None:
+            self.now_s = max(self.now_s, following)
         elif self.waiting:
             self.batch_cap = self.config.max_batch
             self.policy.on_event()
@@ -317,9 +280,10 @@ class SimEngine:
         if not slots.size:
             return 1
         most = min(MAX_JUMP, self.policy.horizon(self), int(self.left[slots].min()))
-        if self._next < self.workload.size and most > 1:
+        following = self.next_arrival_s()
+        if following is not None and most > 1:
             context = float(self.table.context_tokens[slots].sum())
-            gap = float(self.workload.arrival_s[self._next]) - self.now_s
+            gap = following - self.now_s
             step = float(self.config.step_time.predict(slots.size, 0, context))
             most = min(most, max(1, int(gap / step) + 1))
         size = self.config.block_tokens

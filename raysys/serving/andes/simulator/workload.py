@@ -20,7 +20,7 @@ import numpy as np
 
 from raysys.errors import ConfigError, DataError, StorageError
 from raysys.serving.andes.snapshot import FloatArray, IntArray
-from raysys.serving.andes.spec import READING_CLASSES
+from raysys.serving.andes.spec import READING_CLASSES, QoESpec
 
 Generator = np.random.Generator
 
@@ -55,6 +55,14 @@ class Workload:
     @property
     def output_total(self) -> int:
         return int(self.output_tokens.sum())
+
+    def spec(self, index: int) -> QoESpec:
+        """The targets of one request."""
+        return QoESpec(
+            ttft_s=float(self.ttft_s[index]),
+            tds=1.0 / float(self.tau_s[index]),
+            weight=float(self.weight[index]),
+        )
 
     def thinned(self, share: float, seed: int) -> Workload:
         """Keep each request with probability ``share``; arrival times stay as they are."""

@@ -8,14 +8,18 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import functools
+import hashlib
+import json
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from raysys import machine
 from raysys.errors import ConfigError
+from raysys.serving.andes import simulator
 from raysys.serving.andes.controller import ControllerConfig
 from raysys.serving.andes.models import StepTime
 from raysys.serving.andes.planner import PlannerConfig
@@ -153,21 +157,54 @@ def run_case(case: Case) -> dict[str, float]:
     return row
 
 
+def source_digest() -> str:
+    """Names the code that decides a run's figures: the core, the simulator and this file."""
+    folder = Path(simulator.__file__).parent.parent
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 class Simulations:
     """Runs cases in parallel and remembers them."""
 
     def __init__(self) -> None:
         self._known: dict[Case, dict[str, float]] = {}
         self._pool: ProcessPoolExecutor | None = None
+        self._file: Path | None = None
+
+    def keep(self, folder: Path | None = None) -> None:
+        """Keep results on disk from now on, and take those of an interrupted run of this code."""
+        if self._file is not None:
+            return
+        folder = folder or machine.cache_dir() / "bench"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = folder / f"andes-{source_digest()}.jsonl"
+        lines = self._file.read_text().splitlines() if self._file.exists() else []
+        for line in lines:
+            try:
+                kept = json.loads(line)
+            except ValueError:  # cut off when the run was killed
+                continue
+            self._known.setdefault(Case(**kept["case"]), kept["figures"])
 
     def run(self, cases: Sequence[Case]) -> list[dict[str, float]]:
         """Figures of the cases, in order."""
         new = [case for case in dict.fromkeys(cases) if case not in self._known]
         if len(new) == 1:
-            self._known[new[0]] = run_case(new[0])
+            self._note(new[0], run_case(new[0]))
         elif new:
-            self._known.update(zip(new, self._workers().map(run_case, new)))
+            for case, figures in zip(new, self._workers().map(run_case, new)):
+                self._note(case, figures)
         return [self._known[case] for case in cases]
+
+    def _note(self, case: Case, figures: dict[str, float]) -> None:
+        self._known[case] = figures
+        if self._file is not None:
+            line = json.dumps({"case": dataclasses.asdict(case), "figures": figures})
+            with self._file.open("a") as out:
+                out.write(line + "\n")
 
     def mean(self, cases: Sequence[Case], figure: str) -> float:
         """Mean of one figure over the cases."""
