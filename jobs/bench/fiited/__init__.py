@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 
-from jobs.bench import fiited_quality as quality
-from jobs.bench import fiited_speed as speed
+from jobs.bench.fiited import memory, quality, shards, speed
 from raysys.bench import ClaimFunction
 
 CONFIG = {
@@ -26,9 +25,12 @@ CLAIMS: dict[str, ClaimFunction] = {
     "lookup_vs_embeddingbag": speed.lookup_vs_embeddingbag,
     "adjust_4m_ms": speed.adjust_4m_ms,
     "step_p99": speed.step_p99,
-    "fragmentation": speed.fragmentation,
-    "mapped_vs_accounted": speed.mapped_vs_accounted,
-    "checkpoint_mb_s": speed.checkpoint_mb_s,
+    "fragmentation": memory.fragmentation,
+    "mapped_vs_accounted": memory.mapped_vs_accounted,
+    "checkpoint_mb_s": memory.checkpoint_mb_s,
+    "wire_bytes_93": shards.wire_bytes_93,
+    "two_shards_equal_one": shards.two_shards_equal_one,
+    "scale": shards.scale,
     "auc_loss_75": functools.partial(quality.auc_loss, "auc_loss_75", 0.75),
     "auc_loss_90": functools.partial(quality.auc_loss, "auc_loss_90", 0.90),
     "chunks_vs_rows": quality.chunks_vs_rows,

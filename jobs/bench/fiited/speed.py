@@ -1,4 +1,4 @@
-"""Speed and memory of the store, measured alternately with public embedding kernels.
+"""Speed of the store, measured alternately with public embedding kernels.
 
 The reference workload: 8 tables x 500,000 rows x 64 floats, batch 4,096, one id per field, Zipf
 1.05 over a random permutation, one thread, CPU time. The quick profile has a tenth of the rows.
@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import functools
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from raysys.bench import Baseline, Claim, Profile, paired_claim
+from raysys.bench import Claim, Profile, paired_claim
 from raysys.errors import CapabilityError
-from raysys.training.fiited import FiitedConfig, FiitedStore, TableSpec, checkpoint
-from raysys.training.fiited.metrics import mapped_bytes
-from raysys.training.fiited.metrics import statistics as store_statistics
+from raysys.training.fiited import FiitedConfig, FiitedEmbeddingBag, FiitedStore, TableSpec
 from raysys.training.fiited.store import aligned_empty
 
 TABLES, DIM, BATCH = 8, 64, 4096
@@ -47,30 +43,31 @@ class Workload:
         self.grad[:] = rng.standard_normal((BATCH, TABLES * DIM)) * 0.01
         self.specs = tuple(TableSpec(name=f"t{i}", dim=DIM, rows=rows) for i in range(TABLES))
 
-    def full(self) -> FiitedStore:
+    def full(self) -> FiitedEmbeddingBag:
         """Every row at full width through directory and slabs."""
         config = FiitedConfig(budget_ratio=0.0, admit_after=0, cadence="manual", slack=0.0)
-        store = FiitedStore(config, self.specs, engine="native")
+        bag = FiitedEmbeddingBag(self.specs, config, engine="native")
         for low in range(0, self.rows, 4 * BATCH):
-            store.lookup([np.arange(low, min(self.rows, low + 4 * BATCH))] * TABLES, train=True)
-        return store
+            some = np.arange(low, min(self.rows, low + 4 * BATCH))
+            bag.store.lookup([some] * TABLES, train=True)
+        return bag
 
-    def pruned(self) -> FiitedStore:
+    def pruned(self) -> FiitedEmbeddingBag:
         """93.25% of chunks pruned, continuous adjustment on, trained until the pool is full."""
         config = FiitedConfig(budget_ratio=RATIO, slack=0.01)
-        store = FiitedStore(config, self.specs, engine="native")
-        step = self.step(store)
+        bag = FiitedEmbeddingBag(self.specs, config, engine="native")
+        step = self.step(bag)
         for index in range(150):
             step(index)
-        return store
+        return bag
 
-    def step(self, store: FiitedStore) -> Step:
-        """Lookup, fused update and adjustment of one batch."""
+    def step(self, bag: FiitedEmbeddingBag) -> Step:
+        """Forward, backward with the fused update, adjustment: what a training loop calls."""
+        grad = torch.from_numpy(self.grad)
 
         def run(index: int) -> None:
-            _, batch = store.lookup(self.ids[index % len(self.ids)], train=True)
-            store.update(batch, self.grad)
-            store.end_step()
+            bag(self.ids[index % len(self.ids)]).backward(grad)
+            bag.end_step()
 
         return run
 
@@ -124,7 +121,7 @@ def indirection_tax(profile: Profile) -> Claim:
     """Step through directory and slabs over the same kernel on a plain dense table."""
     load = _workload(profile.full)
     config = FiitedConfig(budget_ratio=0.0, cadence="manual")
-    dense = FiitedStore(config, load.specs, engine="native", dense=True)
+    dense = FiitedEmbeddingBag(load.specs, config, engine="native", dense=True)
     steps = {"slabs": load.step(load.full()), "dense": load.step(dense)}
     found = alternate(steps, profile.pick(5, 9), len(load.ids))
     return paired_claim(
@@ -140,7 +137,7 @@ def indirection_tax(profile: Profile) -> Claim:
 def lookup_vs_embeddingbag(profile: Profile) -> Claim:
     """Lookup alone at 93.25% pruned against EmbeddingBag's forward pass."""
     load = _workload(profile.full)
-    store = load.pruned()
+    store = load.pruned().store
     bags = [nn.EmbeddingBag(load.rows, DIM, mode="sum") for _ in range(TABLES)]
     starts = torch.arange(BATCH)
 
@@ -218,68 +215,6 @@ def step_p99(profile: Profile) -> Claim:
     )
 
 
-def fragmentation(profile: Profile) -> Claim:
-    """1 - live / mapped bytes of the pool after ten turnovers, against a last-in-first-out list."""
-    found = {
-        policy: _turn_over(policy, profile.pick(100_000, 400_000)) for policy in ("fullest", "lifo")
-    }
-    return Claim(
-        name="fragmentation",
-        value=found["fullest"]["fragmentation"],
-        unit="share of mapped bytes",
-        better="lower",
-        baseline=Baseline(name="last freed, first used", value=found["lifo"]["fragmentation"]),
-        samples=found,
-    )
-
-
-def mapped_vs_accounted(profile: Profile) -> Claim:
-    """Growth of resident memory over what the store says that it maps."""
-    rows = profile.pick(200_000, 1_000_000)
-    before = _resident()
-    config = FiitedConfig(budget_ratio=0.5, admit_after=0, cadence="manual")
-    store = FiitedStore(config, (TableSpec(name="t", dim=64, rows=rows),), engine="native")
-    out = np.empty((20_000, 64), np.float32)
-    for low in range(0, rows, 20_000):
-        store.lookup([np.arange(low, low + 20_000)], train=True, out=out)
-    grown, told = _resident() - before - out.nbytes, mapped_bytes(store)
-    return Claim(
-        name="mapped_vs_accounted",
-        value=grown / told,
-        unit="resident / accounted",
-        better="lower",
-        samples={"resident_bytes": grown, "accounted_bytes": told},
-    )
-
-
-def checkpoint_mb_s(profile: Profile) -> Claim:
-    """Saving and loading with checksums, in MB of state per second of wall time."""
-    rows = profile.pick(200_000, 1_000_000)
-    config = FiitedConfig(budget_ratio=0.0, admit_after=0, cadence="manual")
-    spec = (TableSpec(name="t", dim=64, rows=rows),)
-    store = FiitedStore(config, spec, engine="native")
-    for low in range(0, rows, 20_000):
-        store.lookup([np.arange(low, low + 20_000)], train=True)
-    saves, loads = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        for index in range(3):
-            start = time.perf_counter()
-            manifest = checkpoint.save(store, Path(folder) / str(index))
-            size = sum(part["bytes"] for part in manifest["parts"]) / 1e6
-            saves.append(size / (time.perf_counter() - start))
-            fresh = FiitedStore(config, spec, engine="native")
-            start = time.perf_counter()
-            checkpoint.load(fresh, Path(folder) / str(index))
-            loads.append(size / (time.perf_counter() - start))
-    return Claim(
-        name="checkpoint_mb_s",
-        value=statistics.median(saves),
-        unit="MB/s",
-        better="higher",
-        samples={"save": saves, "load": loads, "megabytes": size},
-    )
-
-
 def _rate_claim(
     name: str, found: dict[str, list[float]], ours: str, baseline: str, baseline_name: str
 ) -> Claim:
@@ -348,27 +283,3 @@ def _train_rows(store: FiitedStore, ids: np.ndarray, rng: np.random.Generator) -
     grad = (rng.standard_normal(out.shape) * rng.random((len(ids), 1))).astype(np.float32)
     store.update(batch, grad)
     store.engine.end_step(0, 0)
-
-
-def _turn_over(policy: Any, rows: int) -> dict[str, float]:
-    config = FiitedConfig(
-        budget_slots=rows, chunk=16, interval=20, gamma=0.5, free_policy=policy, churn_cap=0.5
-    )
-    store = FiitedStore(config, (TableSpec(name="t", dim=64, rows=rows),), engine="native")
-    rng = np.random.default_rng(0)
-    turned, shift = 0.0, 0
-    while turned < 10 and shift < 4000:
-        shift += 1  # the popular ids drift through the id space
-        ids = (rng.zipf(1.2, 20_000) % rows) + shift * rows // 40
-        _, batch = store.lookup([ids], train=True)
-        store.update(batch, rng.standard_normal((len(ids), 64)).astype(np.float32))
-        store.end_step()
-        turned = store.engine.counters()["evicted"] / store.slots
-    found = store_statistics(store)
-    return {"fragmentation": found["fragmentation"], "turnovers": turned, "steps": shift}
-
-
-def _resident() -> int:
-    text = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
-    line = next(line for line in text.splitlines() if line.startswith("Rss:"))
-    return int(line.split()[1]) * 1024
