@@ -21,8 +21,8 @@ from grpc_reflection.v1alpha import reflection
 from actors.proto.messages import pb, rpc
 from actors.venn import wire
 from actors.venn.security import SecurityConfig, channel, interceptors, metadata, server_port
-from actors.venn.status import typed
-from raysys.errors import RaysysError, RemoteError
+from actors.venn.status import typed, typed_stream
+from raysys.errors import RemoteError
 from raysys.federated.venn.gateway import GatewayCore
 from raysys.federated.venn.gateway_plan import GatewayConfig, Usage
 
@@ -117,12 +117,10 @@ class GatewayServer(rpc.DeviceGatewayServicer):  # type: ignore[misc]
     async def CheckIn(self, request: Any, context: Any) -> Any:
         return await self._check_in(request, context)
 
+    @typed_stream
     async def CheckInStream(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-        try:
-            async for request in requests:
-                yield await self._check_in(request, context)
-        except RaysysError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error)[:2000])
+        async for request in requests:
+            yield await self._check_in(request, context)
 
     @typed
     async def Renew(self, request: Any, context: Any) -> Any:

@@ -22,6 +22,8 @@ def code_of(error: RaysysError) -> grpc.StatusCode:
         return grpc.StatusCode.INVALID_ARGUMENT
     if isinstance(error, InfeasibleError):
         return grpc.StatusCode.FAILED_PRECONDITION
+    if isinstance(error, RemoteError):
+        return grpc.StatusCode.UNAVAILABLE
     return grpc.StatusCode.INTERNAL
 
 
@@ -74,16 +76,13 @@ def remote_error(peer: str, error: grpc.aio.AioRpcError) -> RemoteError:
 
 
 class DecodeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Bytes that are no message get INVALID_ARGUMENT; gRPC itself would call it our internal error.
-
-    Unary requests only: a broken message ends a stream as gRPC does.
-    """
+    """Bytes that are no message get INVALID_ARGUMENT; gRPC itself would call it internal."""
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: Any
     ) -> Any:
         handler = await continuation(details)
-        if handler is None or handler.request_streaming:
+        if handler is None:
             return handler
         decode = handler.request_deserializer
 
@@ -93,6 +92,12 @@ class DecodeInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             except DecodeError:
                 return _UNDECODABLE
 
+        if handler.request_streaming and handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(
+                _guard_requests(handler.stream_stream), lenient, handler.response_serializer
+            )
+        if handler.request_streaming:
+            return handler
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
                 _guard_stream(handler.unary_stream), lenient, handler.response_serializer
@@ -122,6 +127,22 @@ def _guard_stream(
         if request is _UNDECODABLE:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _UNDECODABLE_TEXT)
         async for item in method(request, context):
+            yield item
+
+    return call
+
+
+def _guard_requests(
+    method: Callable[[Any, Any], AsyncIterator[Any]],
+) -> Callable[[Any, Any], AsyncIterator[Any]]:
+    async def call(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        async def decodable() -> AsyncIterator[Any]:
+            async for request in requests:
+                if request is _UNDECODABLE:
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _UNDECODABLE_TEXT)
+                yield request
+
+        async for item in method(decodable(), context):
             yield item
 
     return call

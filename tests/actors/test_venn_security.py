@@ -9,6 +9,7 @@ import ipaddress
 import random
 import resource
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -260,6 +261,56 @@ def test_hostile_messages_get_typed_codes_and_do_no_harm(tmp_path: Path) -> None
         await server.close()
 
     asyncio.run(scenario())
+
+
+def test_hostile_streams_get_typed_codes_and_the_port_survives_noise(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        server = SchedulerServer(str(tmp_path), "127.0.0.1:0")
+        scheduler = f"127.0.0.1:{await server.start()}"
+        gateway = GatewayServer("g", scheduler)
+        port = await gateway.start()
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+        jobs = grpc.aio.insecure_channel(scheduler)
+        check_in = channel.stream_stream("/raysys.venn.v1.DeviceGateway/CheckInStream")
+        watch = jobs.unary_stream("/raysys.venn.v1.JobPlane/Watch")
+        feed = jobs.unary_stream("/raysys.venn.v1.PlanFeed/Watch")
+        rng = random.Random(11)
+        codes: set[grpc.StatusCode] = set()
+        for number in range(120):
+            messages = [hostile(pb.CheckInBatch, rng) for _ in range(3)]
+            codes.add(await outcome(check_in(iter(messages), timeout=5)))
+            if number % 8 == 0:  # these stay open when the message happens to be good
+                codes.add(await outcome(watch(hostile(pb.JobRef, rng), timeout=0.05)))
+                codes.add(await outcome(feed(hostile(pb.GatewayRef, rng), timeout=0.05)))
+        assert codes <= ALLOWED | {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE}
+        assert grpc.StatusCode.INVALID_ARGUMENT in codes
+        for noise in (
+            b"",
+            b"GET / HTTP/1.1\r\n\r\n",
+            rng.randbytes(5000),
+            b"PRI * HTTP/2.0\r\n\r\n",
+        ):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(noise)
+            writer.close()
+            await writer.wait_closed()
+        async with DeviceClient(f"127.0.0.1:{port}") as device:
+            columns = [np.ones(1, dtype=np.float32)] * 3
+            assert len((await device.check_in(bytes(16), columns)).slots) == 1
+        for closing in (channel, jobs, gateway, server):
+            await closing.close()
+
+    asyncio.run(scenario())
+
+
+async def outcome(call: Any) -> grpc.StatusCode:
+    """Read a stream to its end."""
+    try:
+        async for _ in call:
+            pass
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
 
 
 def test_too_large_messages_are_refused(tmp_path: Path) -> None:
