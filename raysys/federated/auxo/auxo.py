@@ -17,14 +17,14 @@ import numpy.typing as npt
 
 from raysys.errors import ConfigError
 from raysys.federated.auxo.affinity import AffinityRecord, AffinityTable
-from raysys.federated.auxo.anchor import Anchor, views_from
-from raysys.federated.auxo.cohort import Cohort, SplitReport
+from raysys.federated.auxo.cohort import SplitReport
 from raysys.federated.auxo.config import AuxoConfig
+from raysys.federated.auxo.forest import Forest
 from raysys.federated.auxo.observer import Observer
-from raysys.federated.auxo.parts import averaged, plain, strip, subset
+from raysys.federated.auxo.parts import subset
 from raysys.federated.auxo.placement import DECLINED, Quotas, make_quotas, rank_leaves
 from raysys.federated.auxo.tree import ROOT, CohortTree
-from raysys.federated.core.aggregation import ClientTable, ModelSum
+from raysys.federated.core.aggregation import ModelSum
 from raysys.federated.core.local import LocalConfig
 from raysys.federated.core.messages import FeedbackSpec, IntArray
 from raysys.federated.core.model import FlatWeights, ModelSpec
@@ -58,46 +58,40 @@ class Auxo:
         config.check_budget(clients_per_round)
         self.config = config
         self.clients_per_round = clients_per_round
-        self.tree = CohortTree()
-        self.cohorts_by_number: dict[int, Cohort] = {}
-        self.events: list[dict[str, Any]] = []
+        self.forest = Forest(config, make_inner)
         self.wasted = 0
         self.explored = 0
         self.frozen = False
-        self._make_inner = make_inner
-        self._table: AffinityTable | None = None
-        self._facts: JobFacts | None = None
-        self._anchors: dict[int, Anchor] = {}
         self._quotas = Quotas({}, 0, 0)
         self._placed: dict[int, tuple[int, int, bool]] = {}
         self._sums: dict[int, ModelSum] = {}
-        self._reports: dict[int, SplitReport] = {}
         self._active: dict[int, float] = {}
-        root = make_inner()
-        if root.feedback_spec().controls:
-            raise ConfigError("inner", "SCAFFOLD", "a line without control variates inside Auxo")
-        self._add_cohort(ROOT, root, 0)
+
+    @property
+    def tree(self) -> CohortTree:
+        """The tree of cohorts."""
+        return self.forest.tree
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """Splits, merges, re-opened cohorts and blocked clients, with the evidence."""
+        return self.forest.events
 
     @property
     def table(self) -> AffinityTable:
         """The affinity records, once the job has started."""
-        if self._table is None:
-            raise ConfigError("strategy", "not started", "start() before use")
-        return self._table
+        return self.forest.table
 
     def start(self, facts: JobFacts) -> None:
-        """Start the root cohort, or every restored one."""
-        self._facts = facts
-        self._table = AffinityTable(facts.population.n_clients, self.config.max_records)
-        for cohort in self.cohorts_by_number.values():
-            cohort.line.start(facts)
+        """Start the root cohort."""
+        self.forest.start(facts)
 
     def demand(self, round_id: int) -> list[Demand]:
         """One stream for all cohorts, and spare offers where small cohorts need them."""
         self._placed.clear()
         self._sums.clear()
-        needs = [d for leaf in self.tree.leaves for d in self._line(leaf).demand(round_id)]
-        n = self._started().population.n_clients
+        needs = [d for leaf in self.tree.leaves for d in self.forest.line(leaf).demand(round_id)]
+        n = self.forest.facts.population.n_clients
         self._active = self.members()
         self._quotas = make_quotas(
             self._active, self.clients_per_round, self.config.p_min, self.config.budget, n
@@ -117,7 +111,7 @@ class Auxo:
         clients = self._shuffled(round_id, clients)
         leaves = np.array(self.tree.leaves, dtype=np.int64)
         first, second, gap, member = self._preferences(round_id, clients, leaves)
-        unplaced = self._unplaced(clients, member)
+        unplaced = self.forest.unplaced(clients, member)
         parts: dict[tuple[int, bool], list[int]] = {}
         for place, client in enumerate(clients.tolist()):
             if unplaced[place] >= 0:
@@ -142,7 +136,9 @@ class Auxo:
         for entry in record.entries:
             if 0 <= entry.cohort < len(labels):
                 labels[entry.cohort] = entry.label
-        draw = int(hashed(self._started().seed, Purpose.SCHEDULE, round_id, client) >> np.uint64(1))
+        draw = int(
+            hashed(self.forest.facts.seed, Purpose.SCHEDULE, round_id, client) >> np.uint64(1)
+        )
         known = [leaf for leaf in leaves if leaf in rewards]
         if known:
             return max(known, key=lambda leaf: rewards[leaf])
@@ -161,22 +157,22 @@ class Auxo:
         """Feedback, server steps, splits and merges."""
         rows = np.flatnonzero(report.table.ok)
         leaves = np.array([self._placed[int(c)][0] for c in report.table.clients], dtype=np.int64)
-        for cohort in self._anchors:
-            self._place_newcomers(round_id, report.table, cohort, rows[leaves[rows] == cohort])
+        anchored = 0
+        for number in list(self.forest.anchors):
+            newcomers = rows[leaves[rows] == number]
+            anchored += len(newcomers)
+            clients = report.table.clients[newcomers].tolist()
+            models = np.array([self._placed[client][1] for client in clients], dtype=np.int64)
+            self.forest.place_newcomers(round_id, report.table, number, newcomers, models)
+        self.wasted += anchored
         for leaf in list(self.tree.leaves):
             self._close_leaf(round_id, report, leaf, rows[leaves[rows] == leaf])
         if not self.frozen:
-            self._maybe_merge(round_id)
+            self.forest.maybe_merge(round_id, anchored / self.clients_per_round)
 
     def members(self) -> dict[int, float]:
         """Clients whose best leaf accepts them, by leaf; before the first split, all seen."""
-        leaves = self.tree.leaves
-        if self._table is None or len(leaves) == 1:
-            return {leaf: float(self._table.used if self._table else 0) for leaf in leaves}
-        rewards = self._table.state()["reward"][:, leaves]
-        best = rewards.argmax(axis=1)
-        counts = np.bincount(best[rewards.max(axis=1) > 0], minlength=len(leaves))
-        return {leaf: float(n) for leaf, n in zip(leaves, counts)}
+        return self.forest.members()
 
     def membership(self, client: int) -> dict[int, float]:
         """Probability of each leaf, softmax of rewards over 0.1; uniform for an unknown client."""
@@ -189,50 +185,36 @@ class Auxo:
         """Leaf of highest reward of each client; ties and newcomers by hash."""
         leaves = np.array(self.tree.leaves, dtype=np.int64)
         rewards, none = self.table.rewards(clients)[:, leaves], np.zeros(len(clients))
-        seed = self._started().seed
+        seed = self.forest.facts.seed
         first, _, _ = rank_leaves(rewards, none, 0, none > 0, clients, seed, 0)
         return leaves[first]
 
     def explain_split(self, leaf: int) -> SplitReport | None:
         """Evidence of the latest decision about a cohort; None before there was one."""
-        return self._reports.get(leaf)
+        return self.forest.reports.get(leaf)
 
     def freeze(self) -> None:
         """Stop clustering; cohorts go on training."""
         self.frozen = True
 
-    def export_cohorts(self) -> StateArrays:
-        """Tree and records, for another job over the same clients."""
-        records = {f"table.{name}": value for name, value in self.table.state().items()}
-        return {"tree": self.tree.state(), **records}
-
-    def import_cohorts(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Start from known cohorts: every leaf begins with this job's own initial model."""
-        line = self._line(ROOT)
-        self.tree.load(state["tree"])
-        self.table.load(strip(state, "table."))
-        self.cohorts_by_number.clear()
-        for number in [ROOT, *self.tree.leaves]:
-            self._add_cohort(number, self._copy_of(line), 0)
-
     def model_spec(self, model_id: int) -> ModelSpec:
         """Spec of a cohort's model."""
-        spec: ModelSpec = self._line(model_id // STRIDE).model_spec(model_id % TRIAL)
+        spec: ModelSpec = self.forest.line(model_id // STRIDE).model_spec(model_id % TRIAL)
         return spec
 
     def local_config(self, round_id: int) -> LocalConfig:
         """That of the root's line."""
-        local: LocalConfig = self._line(ROOT).local_config(round_id)
+        local: LocalConfig = self.forest.line(ROOT).local_config(round_id)
         return local
 
     def weights(self, model_id: int) -> FlatWeights:
         """Current weights of a cohort's model."""
-        values: FlatWeights = self._line(model_id // STRIDE).weights(model_id % TRIAL)
+        values: FlatWeights = self.forest.line(model_id // STRIDE).weights(model_id % TRIAL)
         return values
 
     def feedback_spec(self) -> FeedbackSpec:
         """What the inner line asks for, and sketches of whole and half updates."""
-        inner: FeedbackSpec = self._line(ROOT).feedback_spec()
+        inner: FeedbackSpec = self.forest.line(ROOT).feedback_spec()
         halves = self.config.rules.features == "signal" or self.config.rules.gate == "corrected"
         return dataclasses.replace(inner, sketch_dim=self.config.sketch_dim, halves=halves)
 
@@ -243,23 +225,24 @@ class Auxo:
     def predict_plan(self, client: int) -> list[tuple[int, float]]:
         """The models of the client's best leaf."""
         leaf = int(self.best_leaves(np.array([client], dtype=np.int64))[0])
-        return [(leaf * STRIDE + m, share) for m, share in self._line(leaf).predict_plan(client)]
+        return [
+            (leaf * STRIDE + m, share) for m, share in self.forest.line(leaf).predict_plan(client)
+        ]
+
+    def export_cohorts(self) -> StateArrays:
+        """Tree and records, for another job over the same clients."""
+        return self.forest.export()
+
+    def import_cohorts(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Start from known cohorts: every leaf begins with this job's own initial model."""
+        self.forest.adopt(state)
 
     def state(self) -> StateArrays:
-        """Tree, records, and every cohort with its line."""
-        parts = self.export_cohorts()
-        for number, cohort in self.cohorts_by_number.items():
-            inner = cohort.line.state()
-            parts |= {f"cohort{number}.line.{name}": value for name, value in inner.items()}
-            parts |= {f"cohort{number}.{name}": value for name, value in cohort.state().items()}
+        """The forest, and what was counted."""
         numbers = [self.wasted, self.explored, int(self.frozen)]
         log = json.dumps({"events": self.events}).encode()
-        for number, anchor in self._anchors.items():
-            parts |= {f"anchor{number}.{name}": value for name, value in anchor.state().items()}
         return {
-            **parts,
-            "anchors": np.array(list(self._anchors), dtype=np.int64),
-            "cohorts": np.array(list(self.cohorts_by_number), dtype=np.int64),
+            **self.forest.state(),
             "numbers": np.array(numbers, dtype=np.int64),
             "events": np.frombuffer(log, dtype=np.uint8).copy(),
         }
@@ -272,22 +255,10 @@ class Auxo:
         """
         if "cohorts" not in state or "tree" not in state:
             raise ConfigError("state", sorted(state)[:4], "a state of Auxo")
-        self.tree.load(state["tree"])
-        self.table.load(strip(state, "table."))
-        self.cohorts_by_number.clear()
-        for number in state["cohorts"].tolist():
-            line = self._make_inner()
-            line.start(self._started())
-            line.load(strip(state, f"cohort{number}.line."))
-            self._add_cohort(number, line, 0)
-            self.cohorts_by_number[number].load(strip(state, f"cohort{number}."))
-        for number in state["anchors"].tolist():
-            anchor = strip(state, f"anchor{number}.")
-            line = self.cohorts_by_number[number].line
-            self._anchors[number] = Anchor(line, views_from(anchor))
+        self.forest.load(state)
         self.wasted, self.explored, frozen = (int(n) for n in state["numbers"])
         self.frozen = bool(frozen)
-        self.events = json.loads(state["events"].tobytes())["events"]
+        self.forest.events[:] = json.loads(np.asarray(state["events"]).tobytes())["events"]
 
     def _preferences(
         self, round_id: int, clients: IntArray, leaves: IntArray
@@ -302,13 +273,13 @@ class Auxo:
         eps = [self._exploration(round_id, int(leaf)) for leaf in leaves]
         explore = np.array(eps)[rewards.argmax(axis=1)] if not alone else np.zeros(len(clients))
         nursery = int(np.argmax([self._active.get(int(leaf), 0.0) for leaf in leaves]))
-        seed = self._started().seed
+        seed = self.forest.facts.seed
         ranked = rank_leaves(rewards, explore, nursery, homeless, clients, seed, round_id)
         self.explored += int((ranked[0] != rewards.argmax(axis=1)).sum()) if not alone else 0
         return *ranked, member
 
     def _exploration(self, round_id: int, leaf: int) -> float:
-        age = max(0, round_id - self.cohorts_by_number[leaf].opened)
+        age = max(0, round_id - self.forest.cohorts[leaf].opened)
         return self.config.eps_0 * self.config.eps_decay**age
 
     def _to_line(
@@ -316,7 +287,7 @@ class Auxo:
     ) -> list[Assignment]:
         ids = np.sort(np.array(clients, dtype=np.int64))
         base = leaf * STRIDE + (TRIAL if trial else 0)
-        parts = self._line(leaf).assign(round_id, ids)
+        parts = self.forest.line(leaf).assign(round_id, ids)
         for part in parts:
             for client in part.clients.tolist():
                 self._placed[client] = (leaf, part.model_id, trial)
@@ -324,15 +295,15 @@ class Auxo:
 
     def _close_leaf(self, round_id: int, report: RoundReport, leaf: int, rows: IntArray) -> None:
         """Feedback to the participants of a leaf, then its server step."""
-        cohort = self.cohorts_by_number[leaf]
+        cohort = self.forest.cohorts[leaf]
         table = report.table
         placed = [self._placed[int(c)] for c in table.clients[rows]]
         models = np.array([model for _, model, _ in placed], dtype=np.int64)
         trial = np.array([t for _, _, t in placed], dtype=bool)
         if len(rows) and not self.frozen:
-            observer = Observer(self.config, self.tree, self.table, self._log)
+            observer = Observer(self.config, self.tree, self.table, self.forest.log)
             observer.observe(round_id, cohort, table, rows, models, trial)
-        split = None if self.frozen else self._consider_split(round_id, cohort)
+        split = None if self.frozen else self.forest.consider_split(round_id, cohort)
         # Where no member took part, the newcomers are the cohort.
         newcomers_only = bool(trial.all())
         kept = rows if newcomers_only else rows[~trial]
@@ -344,120 +315,9 @@ class Auxo:
                 cohort.line.fold(round_id, model, total)
         cohort.line.close(round_id, dataclasses.replace(report, table=subset(table, kept)))
         if split is not None:
-            self._split(round_id, cohort, split)
-
-    def _unplaced(self, clients: IntArray, member: npt.NDArray[np.bool_]) -> IntArray:
-        """Cohort whose anchor each client is to train, -1 for those that go to a leaf.
-
-        An anchor places a client without a leaf, and once more one that its leaf has refused; after
-        that the client belongs to no known part and looks for itself.
-        """
-        found = np.full(len(clients), -1, dtype=np.int64)
-        if not self._anchors or not self.config.rules.anchors:
-            return found
-        wanted = ~member.any(axis=1) & (self.table.placements(clients) < MOST_PLACEMENTS)
-        for place in np.flatnonzero(wanted).tolist():
-            at = ROOT
-            while at in self._anchors:
-                found[place] = at
-                label = int(self.table.labels(clients[place : place + 1], at)[0])
-                children = self.tree.nodes[at].children
-                at = children[label] if 0 <= label < len(children) else -1
-        return found
-
-    def _place_newcomers(
-        self, round_id: int, table: ClientTable, number: int, rows: IntArray
-    ) -> None:
-        """Label clients that trained an anchor; they are members of their part from now on."""
-        anchor = self._anchors[number]
-        children = np.array(self.tree.nodes[number].children, dtype=np.int64)
-        self.wasted += len(rows)
-        models = np.array([self._placed[int(c)][1] for c in table.clients[rows]], dtype=np.int64)
-        for model in np.unique(models).tolist():
-            if model not in anchor.views:
-                continue
-            assert table.sketch is not None
-            part = rows[models == model]
-            clients = table.clients[part]
-            labels = anchor.views[model].place(table.sketch[part].astype(np.float64))
-            self.table.set_labels(clients, number, labels, round_id)
-            self.table.note_placement(clients, round_id)
-            rewards = np.minimum(self.table.rewards(clients), 0.0)
-            rewards[np.arange(len(part)), children[labels]] = 0.1
-            self.table.set_rewards(clients, rewards, round_id)
-
-    def _consider_split(self, round_id: int, cohort: Cohort) -> Anchor | None:
-        """Decide before the server step; the anchor is what this round started from."""
-        labels = self.table.state()["label"][:, cohort.number]
-        sizes = np.bincount(labels[labels >= 0], minlength=cohort.parts)[: cohort.parts]
-        leaves = len(self.tree.leaves)
-        report = cohort.decide(round_id, sizes, leaves, cohort.participants)
-        self._reports[cohort.number] = report
-        if not report.go:
-            return None
-        anchor = cohort.anchor(self.table)
-        anchor.line = self._copy_of(cohort.line)
-        return anchor
-
-    def _split(self, round_id: int, cohort: Cohort, anchor: Anchor) -> None:
-        """Children start from the weights and optimiser of the cohort, after its server step."""
-        children = self.tree.split(cohort.number, cohort.parts, round_id + 1)
-        self.table.add_cohorts(len(children))
-        self.table.inherit(cohort.number, children)
-        for child in children:
-            self._add_cohort(child, self._copy_of(cohort.line), round_id + 1)
-        evidence = plain(self._reports[cohort.number])
-        self._log(round_id, "split", cohort=cohort.number, into=children, evidence=evidence)
-        self._anchors[cohort.number] = anchor
-        cohort.line = anchor.line
-
-    def _maybe_merge(self, round_id: int) -> None:
-        if not self.config.merge_after:
-            return
-        for leaf in self.tree.leaves:
-            cohort = self.cohorts_by_number[leaf]
-            small = cohort.participants < self.config.p_min and len(self.tree.leaves) > 1
-            cohort.small_rounds = cohort.small_rounds + 1 if small else 0
-        for leaf in self.tree.leaves:
-            into = self.tree.nearest_leaf(leaf)
-            if into is None or self.cohorts_by_number[leaf].small_rounds < self.config.merge_after:
-                continue
-            self._merge(round_id, leaf, into)
-
-    def _merge(self, round_id: int, leaf: int, into: int) -> None:
-        """Average the weights by members and hand the clients over."""
-        active = self.members()
-        share = active[leaf] / max(active[leaf] + active[into], 1.0)
-        mine, other = (self.cohorts_by_number[n].line.state() for n in (leaf, into))
-        other.update(averaged(mine, other, share))
-        self.cohorts_by_number[into].line.load(other)
-        self.tree.merge(leaf, into)
-        self.table.absorb(leaf, into)
-        self._log(round_id, "merged", cohort=leaf, into=into, share=share)
-
-    def _copy_of(self, line: Strategy) -> Strategy:
-        """A line with the same weights and optimiser, from now on independent."""
-        copy = self._make_inner()
-        copy.start(self._started())
-        copy.load({name: np.array(value) for name, value in line.state().items()})
-        return copy
-
-    def _add_cohort(self, number: int, line: Strategy, born: int) -> None:
-        seed = 0 if self._facts is None else self._facts.seed
-        self.cohorts_by_number[number] = Cohort(number, line, born, self.config, seed)
-
-    def _line(self, number: int) -> Any:
-        return self.cohorts_by_number[number].line
-
-    def _started(self) -> JobFacts:
-        if self._facts is None:
-            raise ConfigError("strategy", "not started", "start() before use")
-        return self._facts
+            self.forest.split(round_id, cohort, split)
 
     def _shuffled(self, round_id: int, clients: IntArray) -> IntArray:
         """An order that no client owes to its number: the last ones may be declined."""
-        keys = hashed(self._started().seed, Purpose.SELECTION, round_id, clients)
+        keys = hashed(self.forest.facts.seed, Purpose.SELECTION, round_id, clients)
         return clients[np.argsort(keys, kind="stable")]
-
-    def _log(self, round_id: int, kind: str, **facts: Any) -> None:
-        self.events.append({"round": round_id, "event": kind, **facts})

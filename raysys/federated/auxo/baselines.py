@@ -7,8 +7,8 @@ sample of clients and places the rest by their first update.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from raysys.federated.core.fedavg import FedAvg
 from raysys.federated.core.messages import FeedbackSpec, IntArray
 from raysys.federated.core.model import ModelSpec
 from raysys.federated.core.randomness import Purpose, generator
-from raysys.federated.core.strategy import Assignment, Demand, JobFacts, RoundReport
+from raysys.federated.core.strategy import Assignment, Demand, JobFacts, RoundReport, StateArrays
 
 FloatArray = npt.NDArray[np.float64]
 SKETCH = 128
@@ -105,6 +105,15 @@ class Cfl(GroupedLines):
             still = mean < self._eps[0] * self._largest
             if due and still and longest > self._eps[1] * self._largest:
                 self._split(group, clients[rows], sketch[rows])
+
+    def state(self) -> StateArrays:
+        """The lines, and the longest mean update so far."""
+        return {**super().state(), "largest": np.array([self._largest])}
+
+    def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Restore :meth:`state`."""
+        super().load(state)
+        self._largest = float(state["largest"][0])
 
     def _split(self, group: int, clients: IntArray, sketch: FloatArray) -> None:
         units = sketch / np.maximum(np.linalg.norm(sketch, axis=1, keepdims=True), 1e-12)
@@ -224,6 +233,23 @@ class FlexCfl(GroupedLines):
         """Newcomers' updates serve to place them only."""
         if model_id < len(self.lines):
             super().fold(round_id, model_id, total)
+
+    def state(self) -> StateArrays:
+        """The lines, the features, and who is placed."""
+        return {
+            **super().state(),
+            "start": self._start,
+            "axes": self._axes,
+            "centroids": self._centroids,
+            "placed": self._placed,
+        }
+
+    def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Restore :meth:`state`."""
+        super().load(state)
+        self._start = np.array(state["start"], dtype=np.float32)
+        self._axes, self._centroids = np.array(state["axes"]), np.array(state["centroids"])
+        self._placed = np.array(state["placed"], dtype=bool)
 
     def close(self, round_id: int, report: RoundReport) -> None:
         """Place the newcomers of the round."""

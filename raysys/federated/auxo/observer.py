@@ -59,6 +59,7 @@ class Observer:
         several = len(self._tree.leaves) > 1
         member = self._table.rewards(clients)[:, cohort.number] > 0 if several else ~trial
         found, views = self._compare(table, rows, models, member)
+        self._table.mark_tried(clients, cohort.number, round_id)
         if several:
             before = self._table.rewards(clients)
             after = updated_rewards(
@@ -66,7 +67,6 @@ class Observer:
                 self._config.rules,
             )  # fmt: skip
             self._table.set_rewards(clients, after, round_id)
-            self._table.mark_tried(clients, cohort.number, round_id)
             self._table.settle(clients[after[:, cohort.number] > SETTLED])
             self._watch(round_id, cohort, found, member)
             self._judge(round_id, cohort, clients, found, member)
