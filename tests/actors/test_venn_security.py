@@ -277,8 +277,8 @@ def test_hostile_streams_get_typed_codes_and_the_port_survives_noise(tmp_path: P
         rng = random.Random(11)
         codes: set[grpc.StatusCode] = set()
         for number in range(120):
-            messages = [hostile(pb.CheckInBatch, rng) for _ in range(3)]
-            codes.add(await outcome(check_in(iter(messages), timeout=5)))
+            # One message a stream: a client that goes on sending to an ended call blames itself.
+            codes.add(await outcome(check_in(iter([hostile(pb.CheckInBatch, rng)]), timeout=5)))
             if number % 8 == 0:  # these stay open when the message happens to be good
                 codes.add(await outcome(watch(hostile(pb.JobRef, rng), timeout=0.05)))
                 codes.add(await outcome(feed(hostile(pb.GatewayRef, rng), timeout=0.05)))
