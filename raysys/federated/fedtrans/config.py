@@ -73,7 +73,7 @@ class MixtureConfig:
     """
 
     what: str = "updates"
-    eta: float = 0.98
+    eta: float = 0.9
     clock: str = "age"
     normalise: bool = True
     projection: str = "lineage"

@@ -19,8 +19,8 @@ class CappedFedAvg(FedAvg):
         self, spec: ModelSpec, local: LocalConfig, clients_per_round: int, min_mac_s: float
     ) -> None:
         super().__init__(spec, local, clients_per_round)
-        self._min_mac_s = min_mac_s
+        self.needed_mac_s = min_mac_s
 
     def demand(self, round_id: int) -> list[Demand]:
         """One stream of devices that are fast enough."""
-        return [Demand(clients=self.clients_per_round, min_mac_s=self._min_mac_s)]
+        return [Demand(clients=self.clients_per_round, min_mac_s=self.needed_mac_s)]
