@@ -84,6 +84,26 @@ def test_overlaps_missing_columns_and_files_are_named(tmp_path: Path) -> None:
         loaders.read_columns(tmp_path / "bad.parquet", ("a",))
 
 
+def test_a_folder_of_csv_and_original_pickles_gives_the_same_trace(tmp_path: Path) -> None:
+    online = {"device_id": [0, 0, 1], "start_s": [5, 500, 7], "duration_s": [100, 50, 60]}
+    write_folder(tmp_path, online)
+    expected = loaders.load_trace(tmp_path)
+    others = tmp_path / "others"
+    others.mkdir()
+    behave = {1: {"active": [5, 500], "inactive": [105, 550]}, 2: {"active": [7], "inactive": [67]}}
+    capacity = {
+        1: {"computation": 50.0, "communication": 5000},
+        2: {"computation": 80.0, "communication": 9000},
+    }
+    (others / "client_behave_trace").write_bytes(pickle.dumps(behave))
+    (others / "client_device_capacity").write_bytes(pickle.dumps(capacity))
+    (others / "venn_eligibility.csv").write_text("mask\n0\n1\n15\n", encoding="utf-8")
+    found = loaders.load_trace(others)
+    for name in ("start", "online", "compute", "comm", "atom"):
+        assert np.array_equal(getattr(found, name), getattr(expected, name)), name
+    assert found.masks == expected.masks
+
+
 def test_csv_is_read_too(tmp_path: Path) -> None:
     path = tmp_path / "capacity.csv"
     path.write_text("compute_ms,bandwidth_kbps\n50,5000\n80,9000\n", encoding="utf-8")

@@ -24,6 +24,15 @@ MEAN_COMPUTE_MS = 78.0
 MEAN_BANDWIDTH_KBPS = 13_736.0
 # Shares of the 959 phone models by groups {general, compute-rich, memory-rich, both}.
 REAL_MASKS: tuple[tuple[int, int], ...] = ((0, 35), (1, 305), (3, 78), (5, 124), (15, 417))
+# Name (without ending) and columns of every table of a trace folder.
+FILES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "availability": (
+        "fedscale_availability_recon",
+        ("device_id", "start_s", "duration_s"),
+    ),
+    "capacity": ("fedscale_device_capacity_recon", ("compute_ms", "bandwidth_kbps")),
+    "eligibility": ("venn_eligibility", ("mask",)),
+}
 _PICKLE_BYTES = 512 * 2**20
 
 
@@ -70,7 +79,10 @@ def build_trace(
 
 
 def load_trace(folder: Path, devices: int | None = None) -> Trace:
-    """Trace from the data folder's availability, capacity and eligibility files.
+    """Trace from a folder with availability, capacity and eligibility of devices.
+
+    Each of the three may be a Parquet or a CSV file (see :data:`FILES`); for the first two the
+    original FedScale pickles are taken where they are there.
 
     Args:
         devices: only the first so many devices; more than there are gives copies, shifted in time.
@@ -78,18 +90,39 @@ def load_trace(folder: Path, devices: int | None = None) -> Trace:
     Raises:
         StorageError: a file is missing; DataError: a file lacks a column or holds bad values.
     """
-    online = read_columns(
-        folder / "fedscale_availability_recon.parquet", ("device_id", "start_s", "duration_s")
-    )
-    capacity = read_columns(
-        folder / "fedscale_device_capacity_recon.parquet", ("compute_ms", "bandwidth_kbps")
-    )
-    masks = read_columns(folder / "venn_eligibility.parquet", ("mask",))
-    device, start, duration = online
+    device, start, duration = _availability(folder)
     _check_overlaps(device, start, duration)
     if devices is not None:
         device, start, duration = _population(device, start, duration, devices)
-    return build_trace((start, duration), (capacity[0], capacity[1]), masks[0])
+    masks = _table(folder, "eligibility")[0]
+    return build_trace((start, duration), _capacities(folder), masks)
+
+
+def _availability(folder: Path) -> tuple[Floats, Floats, Floats]:
+    """Device, start and duration of every interval."""
+    original = folder / "client_behave_trace"
+    if not original.is_file():
+        device, start, duration = _table(folder, "availability")
+        return device, start, duration
+    records = load_pickle(original)
+    start, duration = fedscale_intervals(records, str(original))
+    counts = [len(record["active"]) for record in records.values()]
+    return np.repeat(np.arange(len(counts), dtype=np.float64), counts), start, duration
+
+
+def _capacities(folder: Path) -> tuple[Floats, Floats]:
+    original = folder / "client_device_capacity"
+    if original.is_file():
+        return fedscale_capacity(load_pickle(original), str(original))
+    compute, bandwidth = _table(folder, "capacity")
+    return compute, bandwidth
+
+
+def _table(folder: Path, kind: str) -> list[Floats]:
+    """Columns of one of the tables, Parquet before CSV."""
+    stem, names = FILES[kind]
+    found = [folder / f"{stem}{end}" for end in (".parquet", ".csv")]
+    return read_columns(next((path for path in found if path.is_file()), found[0]), names)
 
 
 def generated_trace(intervals: int = 20_000, seed: int = 0) -> Trace:
