@@ -209,7 +209,7 @@ function showBursts() {
   const running = service.bursts.some((burst) => burst.running);
   $("burst").disabled = running || !service.bursts_allowed;
   $("policies").disabled = !service.bursts_allowed;
-  if (!service.bursts_allowed) $("loadnote").textContent = "Bursts are off here: raysys serve --set page=on";
+  if (!service.bursts_allowed) $("loadnote").textContent = "Bursts are off here: raysys serve --set page=full";
   $("bursts").hidden = service.bursts.length === 0;
   const number = (value, digits) => (value === null ? "" : value.toFixed(digits));
   const rows = service.bursts.toReversed().map((burst) => {

@@ -129,8 +129,8 @@ class ServingConfig:
         max_waiting: requests that may wait for a replica before the endpoint answers 503.
         start_timeout_s: how long the engines may take to start.
         page: the page at ``/``; ``"auto"`` lets it start bursts and switch policies (which costs
-            the engine's time) only on a loopback address without API keys, ``"on"`` always,
-            ``"read"`` never, ``"off"`` serves no page.
+            the engine's time) only on a loopback address without API keys, ``"full"`` always,
+            ``"read"`` never, ``"none"`` serves no page.
         fleet: router and autoscaler.
         admission: limits and API keys at the door.
         andes: the QoE-aware scheduler's options, and the targets of requests that tell none.
@@ -141,7 +141,7 @@ class ServingConfig:
     replicas: int = 1
     max_waiting: int = 512
     start_timeout_s: float = 600.0
-    page: Literal["auto", "on", "read", "off"] = "auto"
+    page: Literal["auto", "full", "read", "none"] = "auto"
     fleet: FleetConfig = field(default_factory=FleetConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -153,7 +153,7 @@ class ServingConfig:
         check_range(self, "replicas", 1, 1024)
         check_range(self, "max_waiting", 1)
         check_range(self, "start_timeout_s", 1)
-        check_choice(self, "page", ("auto", "on", "read", "off"))
+        check_choice(self, "page", ("auto", "full", "read", "none"))
         most = self.fleet.max_replicas
         check(self, "replicas", most is None or self.replicas <= most, "at most fleet.max_replicas")
         if not self.host:
@@ -164,7 +164,7 @@ class ServingConfig:
         """Whether the page may start bursts and switch policies."""
         if self.page == "auto":
             return self.host in LOOPBACK and not self.admission.keys
-        return self.page == "on"
+        return self.page == "full"
 
     @property
     def engine_andes(self) -> AndesEngineConfig:

@@ -112,7 +112,7 @@ class PageEndpoints:
 
     async def page(self) -> Response:
         """The page."""
-        if self.settings.page == "off":
+        if self.settings.page == "none":
             return JSONResponse({"openai": "/v1"})
         return HTMLResponse(
             page_files()["index.html"][0], headers={"Content-Security-Policy": POLICY}
@@ -121,7 +121,7 @@ class PageEndpoints:
     async def page_file(self, name: str) -> Response:
         """A script or style of the page."""
         found = page_files().get(name)
-        if found is None or self.settings.page == "off":
+        if found is None or self.settings.page == "none":
             return JSONResponse(refusal_body(404, f"no file {name!r}", "name"), status_code=404)
         return Response(found[0], media_type=found[1], headers={"Cache-Control": "no-cache"})
 
@@ -150,7 +150,7 @@ class PageEndpoints:
         if not self._known(request):
             return _refuse(401, "no valid API key", "authorization")
         if not self.settings.bursts or not same_origin(request):
-            return _refuse(403, "bursts are off: raysys serve --set page=on", "page")
+            return _refuse(403, "bursts are off: raysys serve --set page=full", "page")
         if any(burst.ended_s is None for burst in self._bursts):
             return _refuse(409, "a burst is under way", None)
         self.watch()

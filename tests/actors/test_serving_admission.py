@@ -137,7 +137,7 @@ def test_the_page_may_switch_policies_only_where_strangers_cannot() -> None:
     assert ServingConfig().engine_andes.switchable
     assert not ServingConfig(host="0.0.0.0").engine_andes.switchable
     assert not ServingConfig(admission=AdmissionConfig(keys=(RED,))).bursts
-    assert ServingConfig(host="0.0.0.0", page="on").bursts
+    assert ServingConfig(host="0.0.0.0", page="full").bursts
     assert not ServingConfig(page="read").bursts
 
 

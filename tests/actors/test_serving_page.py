@@ -102,7 +102,7 @@ def test_the_service_and_its_bursts(tab: Browser, endpoint: StandIn) -> None:
 def test_bursts_may_be_off(tab: Browser, endpoint: StandIn) -> None:
     endpoint.bursts_allowed = False
     tab.until("document.getElementById('burst').disabled")
-    assert "page=on" in tab.value("loadnote.textContent")
+    assert "page=full" in tab.value("loadnote.textContent")
 
 
 def test_every_control_is_reached_by_tab_and_has_a_name(tab: Browser, endpoint: StandIn) -> None:

@@ -32,6 +32,7 @@ from actors.session import Session
 from raysys import machine
 from raysys.serving.andes.qoe import QoESpec
 from raysys.serving.andes.routing import load_from_dict
+from tests.actors.serving_browser import browser, chromium
 from tests.jobs.serving_fuzz import fuzz
 
 psutil = pytest.importorskip("psutil", reason="comes with the serving extra: make setup")
@@ -94,7 +95,7 @@ def endpoint(ray_cluster: Session, tmp_path_factory: pytest.TempPathFactory) -> 
         str(Path(sys.executable).parent / "serve"), "run", "jobs.serve:app",
         "--name", "llm",
         "engine.max_model_len=256", "engine.max_num_seqs=8", "engine.kv_tokens=2048",
-        f"admission={json.dumps(ADMISSION)}", "page=on",
+        f"admission={json.dumps(ADMISSION)}", "page=full",
         f"andes.status_file={status_file()}",
     ]  # fmt: skip
     with log.open("w") as output:
@@ -263,6 +264,25 @@ def test_the_page_and_its_burst(endpoint: str) -> None:
     assert max(point["live"] for point in series) >= 1
     chats_again = {"policy": "andes", "chats": 1, "tokens": 2, "spread_s": 0.0}
     assert ask(f"{endpoint}/qoe/bursts", chats_again)[0] == 202
+
+
+@pytest.mark.skipif(chromium() is None, reason="no Chromium: apt-get install chromium")
+def test_the_page_shows_live_streams(endpoint: str, tmp_path: Path) -> None:
+    with browser(tmp_path / "profile") as tab:
+        tab.call("Page.navigate", url=f"{endpoint}/")
+        tab.until("!document.getElementById('keyfield')?.hidden")  # this endpoint wants a key
+        tab.value("key.focus()")
+        tab.type(KEY)
+        tab.until("model.textContent === '" + packaged_model.NAME + "'")
+        tab.value("document.getElementById('prompt').focus()")
+        tab.type("Why is the sky blue?")
+        tab.press("Enter", "Enter")
+        texts = "[...document.querySelectorAll('.paced')].map((one) => one.textContent.length)"
+        tab.until(f"Math.min(...{texts}) > 40", 60.0)
+        tab.picture(tmp_path / "page.png")
+        assert "QoE" in tab.value("document.querySelector('.outcome').textContent")
+        tab.press("Escape", "Escape")
+    wait_for(everything_is_free, "the streams that were stopped", 30.0)
 
 
 def test_the_controller_has_the_replicas_statistics(endpoint: str) -> None:

@@ -1,0 +1,187 @@
+"""The HTTP side in one process: the real ingress and its routes, an engine that only echoes.
+
+What needs an engine is in tests/jobs/test_serve_engine.py; fuzzing from the schema is here too,
+because it must reach every corner and an engine would take its time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import warnings
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="the ingress needs vLLM: run `make setup`")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # deprecations inside Ray, vLLM and FastAPI
+    import httpx
+    from ray import serve
+    from ray.llm._internal.serve.core.configs.openai_api_models import ModelCard
+    from ray.llm._internal.serve.core.ingress.ingress import init
+    from ray.serve.llm.ingress import make_fastapi_ingress
+
+    from actors.serving.ingress import ENDPOINTS, QoEIngress
+
+from actors.serving.admission import AdmissionConfig
+from actors.serving.config import ServingConfig
+from actors.serving.ledger import QoELedger
+from raysys.config import config_to_dict
+from tests.jobs.serving_fuzz import fuzz_app
+
+MODEL = "echo"
+TEXT = ("The ", "sky ", "is ", "blue")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+class Echo:
+    """A deployment handle: streams four tokens; ``fail`` in the prompt kills the engine."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+        self.closed = 0
+        self.chat = self.completions = self.tokenize = self.detokenize = self
+
+    def options(self, **options: Any) -> Echo:
+        return self
+
+    async def remote(self, body: Any, raw: Any) -> AsyncIterator[Any]:
+        self.seen.append(body)
+        text = str(getattr(body, "messages", ""))
+        try:
+            for number, token in enumerate(TEXT):
+                if "fail" in text and number == 2:
+                    raise RuntimeError("EngineDeadError")
+                event = {"choices": [{"index": 0, "delta": {"content": token}}]}
+                yield f"data: {json.dumps(event, separators=(',', ':'))}\n\n"
+                await asyncio.sleep(0.01)
+            yield "data: [DONE]\n\n"
+        finally:
+            self.closed += 1
+
+
+class Served:
+    """The application with one ingress behind it."""
+
+    def __init__(self, settings: ServingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.echo = Echo()
+        self.app = init()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = make_fastapi_ingress(QoEIngress, endpoint_map=ENDPOINTS, app=self.app)
+        monkeypatch.setattr("actors.serving.ingress.QoELedger", lambda: QoELedger(metrics=False))
+        card = ModelCard(id=MODEL, object="model", owned_by="raysys", permission=[], metadata={})
+        cls: Any = made.__mro__[1]
+        self.ingress = cls({MODEL: self.echo}, {MODEL: card}, settings=config_to_dict(settings))
+        context = SimpleNamespace(servable_object=self.ingress)
+        monkeypatch.setattr(serve, "get_replica_context", lambda: context)
+
+    def client(self) -> httpx.AsyncClient:
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        return httpx.AsyncClient(transport=transport, base_url="http://page.test")
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Served:
+    return Served(ServingConfig(admission=AdmissionConfig(max_inflight=3)), monkeypatch)
+
+
+def chat(content: str = "Hi", **more: Any) -> dict[str, Any]:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": content}], "stream": True}
+    return body | more
+
+
+def test_targets_and_switches_reach_the_engine(served: Served) -> None:
+    async def go() -> str:
+        async with served.client() as client:
+            fields = {"qoe_tds": 3.0, "andes_policy": "fcfs", "andes_router": "power_of_two"}
+            answer = await client.post(
+                "/v1/chat/completions",
+                json=chat(vllm_xargs=fields),
+                headers={"X-QoE-TTFT-S": "0.5", "X-QoE-Tenant": "blue"},
+            )
+            return answer.text
+
+    text = asyncio.run(go())
+    assert text.count('"content"') == 4
+    [body] = served.echo.seen
+    assert body.vllm_xargs == {
+        "qoe_tds": 3.0,
+        "qoe_ttft_s": 0.5,
+        "qoe_tenant": "blue",
+        "andes_policy": "fcfs",
+    }  # fmt: skip  (loopback: policies may be switched, routers may not)
+    assert served.ingress.ledger.totals["blue"]["requests"] == 1
+    assert served.ingress.gate.inflight.total() == 0
+
+
+def test_an_engine_that_dies_ends_the_stream_with_an_error(served: Served) -> None:
+    async def go() -> str:
+        async with served.client() as client:
+            return (await client.post("/v1/chat/completions", json=chat("fail"))).text
+
+    text = asyncio.run(go())
+    assert text.count('"content"') == 2
+    assert '"error"' in text
+    assert "EngineDeadError" in text
+    assert text.endswith("data: [DONE]\n\n")
+    assert served.ingress.gate.inflight.total() == 0
+    assert not served.ingress.ledger.live
+
+
+def test_bursts_run_once_and_are_accounted(served: Served) -> None:
+    burst = {"chats": 5, "tokens": 4, "spread_s": 0.0, "policy": "andes"}
+
+    async def go() -> tuple[list[int], dict[str, Any]]:
+        async with served.client() as client:
+            codes = [
+                (await client.post("/qoe/bursts", json=burst, headers=headers)).status_code
+                for headers in ({"Origin": "http://elsewhere"}, {"Origin": "http://page.test"}, {})
+            ]
+            for _ in range(200):
+                state = (await client.get("/qoe")).json()
+                if not state["bursts"][0]["running"]:
+                    break
+                await asyncio.sleep(0.02)
+            return codes, state
+
+    codes, state = asyncio.run(go())
+    assert codes == [403, 202, 409]
+    [last] = state["bursts"]
+    assert last["done"] == 5
+    # Three places: two of the five were refused, which is a QoE of 0 for their readers.
+    assert last["worst_qoe"] == 0.0
+    assert last["mean_qoe"] == pytest.approx(0.6)
+    assert state["tenants"]["(burst)"]["refused"] == 2
+    assert state["series"]
+    assert {body.vllm_xargs["andes_policy"] for body in served.echo.seen} == {"andes"}
+
+
+def test_where_strangers_come_in_bursts_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    public = Served(ServingConfig(host="0.0.0.0"), monkeypatch)
+    bare = Served(ServingConfig(page="none"), monkeypatch)
+
+    async def go(served: Served, path: str, body: Any = None) -> int:
+        monkeypatch.setattr(
+            serve, "get_replica_context", lambda: SimpleNamespace(servable_object=served.ingress)
+        )
+        async with served.client() as client:
+            asked = client.post(path, json=body) if body is not None else client.get(path)
+            return (await asked).status_code
+
+    assert asyncio.run(go(public, "/qoe/bursts", {})) == 403
+    assert asyncio.run(go(public, "/")) == 200
+    assert asyncio.run(go(public, "/page/app.js")) == 200
+    assert asyncio.run(go(bare, "/page/app.js")) == 404
+    assert asyncio.run(go(bare, "/qoe/bursts", {})) == 403
+
+
+def test_the_schema_holds_under_fuzzing(served: Served) -> None:
+    report = fuzz_app(served.app, MODEL, examples=12)
+    assert report.calls >= 80
+    assert report.operations == len(served.app.openapi()["paths"])
+    assert not report.failures, report.failures[:3]
