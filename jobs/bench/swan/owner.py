@@ -34,14 +34,14 @@ def owner_experience(profile: Profile) -> Claim:
     """
     if len(os.sched_getaffinity(0)) < 2:
         raise CapabilityError("two cores", "this process may use one", "Run it on a larger host")
-    repeats, cycles = profile.pick(1, 3), profile.pick(2, 6)
+    repeats, cycles = profile.pick(1, 2), profile.pick(1, 4)
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
     undisturbed: dict[str, list[float]] = {"greedy": [], "swan": []}
     for _ in range(repeats):
         for mode in MODES:
             runs[mode].append(_with_owner(mode, cycles))
         for mode, found in undisturbed.items():
-            found.append(_alone(mode, profile.pick(6.0, 15.0)))
+            found.append(_alone(mode, profile.pick(5.0, 15.0)))
     missed = {m: statistics.fmean(run["missed"] for run in runs[m]) for m in MODES}
     rates = {m: statistics.fmean(run["rate"] for run in runs[m]) for m in undisturbed}
     alone = {mode: statistics.fmean(undisturbed[mode]) for mode in undisturbed}

@@ -37,7 +37,7 @@ def real_choice(profile: Profile) -> Claim:
         for scene, share in SCENES.items():
             for name in NETWORKS:
                 rounds = profile.pick(6, 12)
-                repeats = range(profile.pick(1, 7))
+                repeats = range(profile.pick(1, 5))
                 trials += [_trial(name, scene, share, repeat, rounds) for repeat in repeats]
     finally:
         torch.set_num_threads(before[0])
