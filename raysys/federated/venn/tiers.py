@@ -7,8 +7,10 @@ earlier unrestricted rounds.
 
 Where we differ: a tier is a run of *capability classes*, a fixed fine grid over the population's
 expected task time, so that one plan serves jobs with different tier bounds; the last 2,048 response
-times are kept instead of a digest; and estimates from restricted rounds are scaled back (``/ V``,
-``/ g_u``) before they enter the averages, or the rule would feed on its own effect.
+times are kept instead of a digest; estimates from restricted rounds are scaled back (``/ V``,
+``/ g_u``) before they enter the averages, or the rule would feed on its own effect; and the deadline
+test takes the longer of ``D / |S|`` and the filling time that was observed, since under contention a
+job gets only a part of ``S`` (the ideal time alone lets more rounds miss their deadlines).
 """
 
 from __future__ import annotations
@@ -42,11 +44,9 @@ def should_restrict(tiers: int, gain: float, response_s: float, scheduling_s: fl
     return tiers * scheduling_s + gain * response_s < scheduling_s + response_s
 
 
-def meets_deadline(
-    tiers: int, demand: int, rate: float, response_s: float, deadline_s: float
-) -> bool:
-    """``V * D / |S| + T_resp < deadline``: the restricted round is expected in time."""
-    return tiers * demand / rate + response_s < deadline_s
+def meets_deadline(tiers: int, fill_s: float, response_s: float, deadline_s: float) -> bool:
+    """``V * fill + T_resp < deadline``: the restricted round is expected in time."""
+    return tiers * fill_s + response_s < deadline_s
 
 
 @dataclass(slots=True)
@@ -147,11 +147,12 @@ class TierMatcher:
             draw = np.random.default_rng((self.seed, request.job, request.attempt))
             tier = profile.tier(int(draw.integers(self.tiers)), self.tiers, self.classes)
             response_s = profile.response_s or 0.0
+            fill_s = max(request.demand / rate, profile.scheduling_s)
             deadline_s = self.deadlines_s.get(request.job, math.inf)
             if (
                 tier is not None
                 and should_restrict(self.tiers, tier[1], response_s, profile.scheduling_s)
-                and meets_deadline(self.tiers, request.demand, rate, response_s, deadline_s)
+                and meets_deadline(self.tiers, fill_s, response_s, deadline_s)
             ):
                 classes, gain = tier
                 self.restricted += 1

@@ -257,8 +257,8 @@ def test_tier_rule_edges() -> None:
     assert not should_restrict(3, 1.0, 1e9, 1.0)
     assert should_restrict(2, 0.9, 50.0, 0.0)  # no wait at all: restricting costs nothing
     assert not should_restrict(2, 0.5, 0.0, 100.0)
-    assert meets_deadline(2, 10, 1.0, 30.0, 51.0)
-    assert not meets_deadline(2, 10, 1.0, 30.0, 50.0)
+    assert meets_deadline(2, 10.0, 30.0, 51.0)
+    assert not meets_deadline(2, 10.0, 30.0, 50.0)
 
 
 def test_tiers_are_learned_and_the_fast_one_gains() -> None:
