@@ -35,10 +35,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch, ray_session: Session) -> None:
     monkeypatch.setattr(ccs_systems, "session", lambda: ray_session)
 
     @functools.cache
-    def lab(name: str, noise: float = 0.0, partial: str = "") -> coreset_lab.Lab:
+    def lab_of(name: str, noise: float = 0.0, partial: str = "") -> coreset_lab.Lab:
         return coreset_lab.Lab(task, noise, partial)
 
-    monkeypatch.setattr(bench, "lab", lab)
+    monkeypatch.setattr(bench, "lab_of", lab_of)
     monkeypatch.setattr(bench, "_seeds", lambda profile: [1])
 
 
@@ -72,15 +72,15 @@ def test_an_interrupted_claim_trains_only_what_is_missing(
     profile = Profile(partial=str(tmp_path))
     first: Any = bench.ccs_minus_random(profile)
     kept = (tmp_path / "proxies.jsonl").read_text()
-    assert len(kept.splitlines()) == 3  # the beta search, CCS and random; both tasks are one here
+    assert len(kept.splitlines()) == 6  # the beta search, CCS and random, for each task
 
     def trained(*arguments: Any, **options: Any) -> list[float]:
         raise AssertionError("trained again")
 
-    task = bench.lab("A", 0.0, str(tmp_path)).task
+    task = bench.lab_of("A", 0.0, str(tmp_path)).task
     monkeypatch.setattr(coreset_lab, "train_many", trained)
     monkeypatch.setattr(coreset_lab, "auto_beta", trained)
-    monkeypatch.setattr(bench, "lab", lambda *key: coreset_lab.Lab(task, *key[1:]))
+    monkeypatch.setattr(bench, "lab_of", lambda *key: coreset_lab.Lab(task, *key[1:]))
     again: Any = bench.ccs_minus_random(profile)
     assert again.samples == first.samples
     assert (tmp_path / "proxies.jsonl").read_text() == kept

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jobs.bench.ccs import systems
-from jobs.bench.ccs.lab import FRESH_SEED, Lab, lab
+from jobs.bench.ccs.lab import FRESH_SEED, Lab, lab_of
 from raysys.bench import Baseline, Claim, Profile
 from raysys.training.ccs.baselines import (
     CCS,
@@ -48,7 +48,7 @@ def _seeds(profile: Profile) -> list[int]:
 
 def _labs(profile: Profile) -> list[Lab]:
     return [
-        lab(name, 0.0, profile.partial) for name in TASKS
+        lab_of(name, 0.0, profile.partial) for name in TASKS
     ]  # both scoring runs start before one is waited for
 
 
@@ -127,7 +127,7 @@ def auto_beta_regret(profile: Profile) -> Claim:
 def noise_20pct(profile: Profile) -> Claim:
     """Task B with 20 % of the training labels flipped: CCS (beta 0.3) minus random."""
     seeds = _seeds(profile)[: profile.pick(1, 5)]
-    one = lab("B", 0.2, profile.partial)
+    one = lab_of("B", 0.2, profile.partial)
     methods: dict[str, Method] = {
         "random": Random(),
         "aum": HardestFirst("aum"),
@@ -247,7 +247,7 @@ def all_methods(profile: Profile) -> Claim:
 
 def equal_epochs(profile: Profile) -> Claim:
     """At 90 % pruned with a tenth of the full run's steps: CCS minus random (task A)."""
-    seeds, one = _seeds(profile), lab("A", 0.0, profile.partial)
+    seeds, one = _seeds(profile), lab_of("A", 0.0, profile.partial)
     steps = one.task.proxy.iterations // 10
     beta = one.auto_beta(PRUNED).beta
     ours, random = one.accuracy([CCS(beta), Random()], PRUNED, seeds, iterations=steps)

@@ -179,6 +179,6 @@ class KeptResults:
 
 
 @functools.cache
-def lab(name: str, noise: float = 0.0, partial: str = "") -> Lab:
+def lab_of(name: str, noise: float = 0.0, partial: str = "") -> Lab:
     """The lab of task ``"A"`` or ``"B"``; scoring starts at once and is waited for when needed."""
     return Lab(signal_task() if name == "A" else fashion_task(), noise, partial)
