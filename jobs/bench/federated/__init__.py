@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jobs.bench.federated_exact import equal_to_loop, fedavg_reference, population_free
-from jobs.bench.federated_ray import (
+from jobs.bench.federated.exact import equal_to_loop, fedavg_reference, population_free
+from jobs.bench.federated.on_ray import (
     LOCAL,
     clients_per_second,
     digits_population,

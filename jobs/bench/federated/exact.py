@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.bench.federated_ray import LOCAL, SPEC, digits_population
+from jobs.bench.federated.on_ray import LOCAL, SPEC, digits_population
 from raysys import machine
 from raysys.bench import Baseline, Claim, Profile
 from raysys.errors import CapabilityError
