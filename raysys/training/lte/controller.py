@@ -24,9 +24,9 @@ class ControllerConfig:
     """
 
     every: int = 5
-    gain: float = 1.0
-    damping: float = 3.0
-    low: float = 1e-4
+    gain: float = 4.0
+    damping: float = 12.0
+    low: float = 1e-5
     high: float = 100.0
     freeze_from: float = 0.9
     smoothing: float = 0.7

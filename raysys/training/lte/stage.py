@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from raysys.training.lte.config import StageConfig, threshold_logit
 from raysys.training.lte.controller import ControllerConfig, SparsityController
 from raysys.training.lte.errors import LTEConfigError, LTEDataError
-from raysys.training.lte.gating import Mode, SparseModel
+from raysys.training.lte.gating import Mode, Selector, SparseModel
 from raysys.training.lte.losses import (
     IGNORED,
     distillation_sum,
@@ -62,6 +62,7 @@ class Stage:
         controller: options of the target-sparsity controller.
         rank, world, reduce: place among the workers, and an in-place sum over them.
         mode: selection while training; by default the stage's own.
+        selectors: another selection per layer (the baselines), instead of a mode.
 
     Raises:
         LTEConfigError: distillation without a teacher, or fewer sequences than workers.
@@ -79,6 +80,7 @@ class Stage:
         world: int = 1,
         reduce: AllReduce | None = None,
         mode: Mode | None = None,
+        selectors: Sequence[Selector] | None = None,
     ) -> None:
         if config.distil > 0 and teacher is None:
             raise LTEConfigError("distil", config.distil, "0 without a teacher model")
@@ -89,6 +91,7 @@ class Stage:
         self.sparse, self.data, self.config, self.teacher = sparse, data, config, teacher
         self.rank, self.world, self.reduce = rank, world, reduce
         self.mode = mode or STAGE_MODE[config.stage]
+        self.selectors = selectors
         self.step = 0
         self.last_saved: int | None = None
         self.log: list[dict[str, Any]] = []
@@ -136,6 +139,8 @@ class Stage:
         torch.manual_seed((config.seed * 1_000_003 + self.step) * 64 + self.rank)
         batch = self.data.batch(self.step, config.batch, config.seed, self.rank, self.world)
         sparse.set_mode(self.mode, offset=self._offset())
+        if self.selectors is not None:
+            sparse.set_selectors(self.selectors)
         for group, rate in zip(self.optimizer.param_groups, self._rates):
             group["lr"] = rate * config.rate_at(self.step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -211,7 +216,7 @@ class Stage:
     ) -> dict[str, Any]:  # fmt: skip
         cut = threshold_logit(self.threshold)
         on = [self._valid(z, batch) > cut for z in logits]
-        if self.mode == "topk":
+        if self.mode == "topk" or self.selectors is not None:
             on = [self._valid(w, batch) != 0 for w in weights]
         active = [mask.sum(dtype=torch.float64) for mask in on]
         near = [

@@ -1,0 +1,3 @@
+"""The methods that LTE is compared with, as selections for the same gates (see
+``lte/gating.py``).
+"""

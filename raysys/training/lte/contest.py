@@ -1,0 +1,383 @@
+"""LTE and its rivals on one small language model: same start, same steps, same data, same FLOPs.
+
+Every method goes on from one dense model and gets the same number of optimiser steps at the
+same rate. Methods without training are applied to the dense model *after* those steps. All are
+evaluated on the same held-out documents, at the wanted FFN sparsity or at the FLOPs that it
+stands for.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from raysys.training.lte import flops
+from raysys.training.lte.baselines.oracle import KeepLargest, NeuronThreshold, TopExperts
+from raysys.training.lte.baselines.predictors import deja_vu, moefication
+from raysys.training.lte.baselines.pruning import teal, wanda
+from raysys.training.lte.baselines.routers import FixedTopK, SigmaTopK, noisy_top_k
+from raysys.training.lte.config import (
+    ConvertConfig,
+    Grouping,
+    LambdaSchedule,
+    StageConfig,
+)
+from raysys.training.lte.conversion import convert_model
+from raysys.training.lte.evaluation import Evaluation, evaluate
+from raysys.training.lte.fitting import fit_routers, land
+from raysys.training.lte.gating import Selector, SparseModel
+from raysys.training.lte.shapes import shape_of
+from raysys.training.lte.stage import Stage
+from raysys.training.lte.text import BYTE_VOCABULARY, Batch, TokenBlocks
+
+Progress = Callable[[dict[str, Any]], None]
+SAMPLE_BLOCKS = 64  # training blocks for predictors and thresholds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ContestConfig:
+    """The small model and the common budget.
+
+    Args:
+        hidden, neurons, layers, heads: of a LLaMA over bytes.
+        expert_size: neurons per expert.
+        length, batch: bytes per block, blocks per step.
+        base_steps, base_lr: of the dense model from scratch.
+        steps, lr: of every method afterwards; LTE's two stages share the steps.
+        stage1: share of LTE's steps in stage 1.
+        sparsity: FFN sparsity of every method.
+        eta: where the target controller starts; lam, lam_schedule, router_init, grouping as LTE's.
+        distil: share of the distillation loss, from the dense model tuned for ``steps``.
+        held_out: blocks to evaluate on; 0 takes all.
+    """
+
+    hidden: int = 128
+    neurons: int = 512
+    layers: int = 4
+    heads: int = 4
+    expert_size: int = 16
+    length: int = 128
+    batch: int = 8
+    base_steps: int = 400
+    base_lr: float = 2e-3
+    steps: int = 240
+    lr: float = 5e-4
+    stage1: float = 0.6
+    sparsity: float = 0.62
+    eta: float = 0.03
+    lam: float = 0.05
+    lam_schedule: LambdaSchedule = "ramp"
+    router_init: Literal["default", "warm", "fitted"] = "fitted"
+    router_lr: float = 1e-2
+    grouping: Grouping = "kmeans"
+    distil: float = 0.0
+    held_out: int = 96
+
+    def model(self, seed: int, activation: str = "silu") -> nn.Module:
+        """A fresh model."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(seed)
+        model: nn.Module = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=BYTE_VOCABULARY,
+                hidden_size=self.hidden,
+                intermediate_size=self.neurons,
+                num_hidden_layers=self.layers,
+                num_attention_heads=self.heads,
+                num_key_value_heads=self.heads,
+                max_position_embeddings=max(512, self.length),
+                hidden_act=activation,
+                tie_word_embeddings=True,
+            )
+        )
+        return model
+
+    @property
+    def shape(self) -> flops.Shape:
+        return dataclasses.replace(
+            shape_of(
+                {
+                    "hidden_size": self.hidden,
+                    "intermediate_size": self.neurons,
+                    "num_hidden_layers": self.layers,
+                    "num_attention_heads": self.heads,
+                    "vocab_size": BYTE_VOCABULARY,
+                }
+            ),
+            expert_size=self.expert_size,
+        )
+
+
+class Contest:
+    """Methods that go on from one dense model.
+
+    Args:
+        config: sizes and budget.
+        train, held_out: blocks of tokens.
+        base: weights of the dense model, as :meth:`train_base` returns them.
+        seed: of the data order and of routers.
+    """
+
+    def __init__(
+        self, config: ContestConfig, train: TokenBlocks, held_out: TokenBlocks,
+        base: Mapping[str, Tensor], seed: int, on_step: Progress | None = None,
+    ) -> None:  # fmt: skip
+        self.config, self.train, self.base, self.seed = config, train, base, seed
+        self.test = held_out.all_batches(config.batch, config.held_out or None)
+        self.on_step = on_step
+        self._tuned: dict[str, dict[str, Tensor]] = {}
+        self.stages: dict[str, Stage] = {}
+
+    @staticmethod
+    def train_base(
+        config: ContestConfig, train: TokenBlocks, seed: int = 0, on_step: Progress | None = None
+    ) -> dict[str, Tensor]:
+        """Train the dense model from scratch; returns its weights."""
+        sparse = SparseModel(config.model(seed), ConvertConfig(expert_size=config.expert_size))
+        options = StageConfig(
+            stage=0, steps=config.base_steps, batch=config.batch, lr=config.base_lr, seed=seed
+        )
+        Stage(sparse, train, options).run(on_step=on_step)
+        return _dense_weights(sparse.model)
+
+    # --- the methods -----------------------------------------------------------------------
+
+    def run(self, name: str) -> dict[str, Any]:
+        """Train and evaluate one method of :data:`METHODS`; a JSON-ready row."""
+        row: dict[str, Any] = METHODS[name](self)
+        return {"method": name, "seed": self.seed, **row}
+
+    def dense(self) -> dict[str, Any]:
+        """The start, without further training."""
+        return self._row(evaluate(self._gated(self.base), self.test, mode="dense"), 0.0)
+
+    def dense_tuned(self) -> dict[str, Any]:
+        """The dense model trained for as many steps: the control."""
+        return self._row(evaluate(self._gated(self.tuned()), self.test, mode="dense"), 0.0)
+
+    def lte(self) -> dict[str, Any]:
+        """LTE: conversion, stage 1 with the target controller, stage 2."""
+        config = self.config
+        sparse = self._converted(self.base)
+        if config.router_init == "fitted":
+            fit_routers(sparse, self._sample(), config.sparsity)
+        first = round(config.stage1 * config.steps)
+        one = self._options(
+            stage=1, steps=first, eta=config.eta, target_sparsity=config.sparsity, lam=config.lam,
+            lam_schedule=config.lam_schedule, router_lr=config.router_lr, distil=config.distil,
+        )  # fmt: skip
+        teacher = self._teacher() if config.distil else None
+        stage = Stage(sparse, self.train, one, teacher=teacher)
+        stage.run(on_step=self.on_step)
+        soft = evaluate(sparse, self.test, mode="soft").nll
+        land(sparse, self._sample()[:4], config.sparsity)
+        switched = evaluate(sparse, self.test, mode="hard").nll
+        # Stage 2 sees other data than stage 1: the sampler goes on where stage 1 ended.
+        two = self._options(stage=2, steps=config.steps - first, distil=config.distil)
+        second = Stage(sparse, _Later(self.train, first), two, teacher=teacher)
+        second.run(on_step=self.on_step)
+        found = evaluate(sparse, self.test, mode="hard")
+        self.stages = {"lte1": stage, "lte2": second}
+        extra = {"nll_soft": soft, "nll_hard_before_stage2": switched, "eta": stage.eta}
+        return self._row(found, found.sparsity.overall) | extra
+
+    def keep_largest(self) -> dict[str, Any]:
+        """KLA oracle on the tuned dense model; no speed."""
+        return self._selected(
+            self.tuned(), lambda s: [KeepLargest(self.config.sparsity)] * len(s.gates)
+        )
+
+    def expert_oracle(self) -> dict[str, Any]:
+        """Best experts by true activations, k-means groups, tuned dense model; no speed."""
+        return self._selected(
+            self.tuned(), lambda s: [TopExperts(self.config.sparsity)] * len(s.gates)
+        )
+
+    def moefication_oracle(self) -> dict[str, Any]:
+        """ReLU model tuned equally long, experts by true activations; no speed."""
+        return self._selected(
+            self.tuned("relu"), lambda s: [TopExperts(self.config.sparsity)] * len(s.gates), "relu"
+        )
+
+    def moefication(self) -> dict[str, Any]:
+        """ReLU model tuned equally long, experts by MoEfication's predictor."""
+        return self._selected(
+            self.tuned("relu"),
+            lambda s: moefication(s, self._sample(), self.config.sparsity, seed=self.seed),
+            "relu",
+        )
+
+    def deja_vu(self) -> dict[str, Any]:
+        """Tuned dense model, neurons by Deja Vu's predictor."""
+        return self._selected(
+            self.tuned(), lambda s: deja_vu(s, self._sample(), self.config.sparsity, seed=self.seed)
+        )
+
+    def cats(self) -> dict[str, Any]:
+        """Tuned dense model, CATS' threshold on the gate."""
+
+        def selectors(sparse: SparseModel) -> list[Selector]:
+            found: list[Selector] = [NeuronThreshold(self.config.sparsity) for _ in sparse.gates]
+            sparse.set_selectors(found)
+            with torch.no_grad():
+                sparse.model(**self._sample()[0].inputs)
+            return found
+
+        return self._selected(self.tuned(), selectors)
+
+    def teal(self) -> dict[str, Any]:
+        """Tuned dense model, TEAL at the FLOPs of the FFN sparsity spread over all projections."""
+        sparse = self._gated(self.tuned())
+        shape = self.config.shape
+        spread = self.config.sparsity * shape.ffn_weights
+        spread /= shape.ffn_weights + shape.attention_weights
+        teal(sparse, self._sample()[:2], spread)
+        found = evaluate(sparse, self.test, mode="dense")
+        return self._row(found, self.config.sparsity) | {"input_sparsity": spread}
+
+    def wanda(self) -> dict[str, Any]:
+        """Tuned dense model, Wanda unstructured on the FFNs."""
+        sparse = self._gated(self.tuned())
+        wanda(sparse, self._sample()[:2], self.config.sparsity)
+        return self._row(evaluate(sparse, self.test, mode="dense"), self.config.sparsity)
+
+    def wanda_2_4(self) -> dict[str, Any]:
+        """Tuned dense model, Wanda 2:4 on the FFNs: half of the weights."""
+        sparse = self._gated(self.tuned())
+        wanda(sparse, self._sample()[:2], 0.5, pattern=4)
+        return self._row(evaluate(sparse, self.test, mode="dense"), 0.5)
+
+    def noisy_top_k(self) -> dict[str, Any]:
+        """Noisy top-k softmax router trained with the model."""
+        return self._trained(lambda s: noisy_top_k(s, self.config.sparsity))
+
+    def sigma_moe(self) -> dict[str, Any]:
+        """Sigmoid top-k router trained with the model."""
+        return self._trained(lambda s: [SigmaTopK(self.config.sparsity)] * len(s.gates))
+
+    def random_router(self) -> dict[str, Any]:
+        """Fixed random router, the model tuned to it."""
+        return self._trained(lambda s: [FixedTopK(self.config.sparsity)] * len(s.gates))
+
+    # --- shared ----------------------------------------------------------------------------
+
+    def tuned(self, activation: str = "silu") -> dict[str, Tensor]:
+        """Weights of the dense model after the common number of steps; trained once."""
+        if activation not in self._tuned:
+            sparse = self._gated(self.base, activation)
+            options = self._options(stage=0, steps=self.config.steps)
+            Stage(sparse, self.train, options).run(on_step=self.on_step)
+            self._tuned[activation] = _dense_weights(sparse.model)
+        return self._tuned[activation]
+
+    def _options(self, **changes: Any) -> StageConfig:
+        return StageConfig(
+            batch=self.config.batch, lr=self.config.lr, seed=1 + self.seed, **changes
+        )
+
+    def _convert_config(self) -> ConvertConfig:
+        return ConvertConfig(
+            expert_size=self.config.expert_size,
+            grouping=self.config.grouping,
+            router_init="default" if self.config.router_init == "default" else "warm",
+            seed=self.seed,
+        )
+
+    def _model(self, weights: Mapping[str, Tensor], activation: str = "silu") -> nn.Module:
+        model = self.config.model(0, activation)
+        model.load_state_dict(weights)
+        return model
+
+    def _gated(self, weights: Mapping[str, Tensor], activation: str = "silu") -> SparseModel:
+        return SparseModel(self._model(weights, activation), self._convert_config())
+
+    def _converted(self, weights: Mapping[str, Tensor], activation: str = "silu") -> SparseModel:
+        return convert_model(self._model(weights, activation), self._convert_config()).sparse
+
+    def _teacher(self) -> nn.Module:
+        return self._model(self.tuned()).eval()
+
+    def _sample(self) -> list[Batch]:
+        return self.train.all_batches(self.config.batch, SAMPLE_BLOCKS)
+
+    def _selected(
+        self, weights: Mapping[str, Tensor],
+        choose: Callable[[SparseModel], list[Any]], activation: str = "silu",
+    ) -> dict[str, Any]:  # fmt: skip
+        sparse = self._converted(weights, activation)
+        sparse.set_selectors(choose(sparse))
+        found = evaluate(sparse, self.test, mode=None)
+        return self._row(found, found.sparsity.overall)
+
+    def _trained(self, choose: Callable[[SparseModel], list[Any]]) -> dict[str, Any]:
+        sparse = self._converted(self.base)
+        selectors = choose(sparse)
+        options = self._options(
+            stage=1, steps=self.config.steps, eta=0.0, lam=0.0, router_lr=self.config.router_lr
+        )
+        Stage(sparse, self.train, options, selectors=selectors).run(on_step=self.on_step)
+        sparse.set_selectors(selectors)
+        found = evaluate(sparse, self.test, mode=None)
+        return self._row(found, found.sparsity.overall)
+
+    def _row(self, found: Evaluation, sparsity: float) -> dict[str, Any]:
+        values = found.as_dict()
+        return {
+            "nll": values["nll"],
+            "perplexity": values["perplexity"],
+            "sparsity": sparsity,
+            "gflops": flops.paper(self.config.shape, min(1.0, max(0.0, sparsity))),
+            "sparsity_per_layer": values["sparsity_per_layer"],
+        }
+
+
+class _Later:
+    """The same blocks from a later step on."""
+
+    def __init__(self, blocks: TokenBlocks, start: int) -> None:
+        self.blocks, self.start = blocks, start
+
+    def batch(self, step: int, batch: int, seed: int, rank: int, world: int) -> Batch:
+        return self.blocks.batch(self.start + step, batch, seed, rank, world)
+
+
+def _dense_weights(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: copy.deepcopy(tensor)
+        for name, tensor in model.state_dict().items()
+        if ".router." not in name
+    }
+
+
+# Those with a speed first; "oracle" ones and the controls cannot be served faster.
+METHODS: dict[str, Callable[[Contest], dict[str, Any]]] = {
+    "dense": Contest.dense,
+    "dense_tuned": Contest.dense_tuned,
+    "lte": Contest.lte,
+    "moefication": Contest.moefication,
+    "deja_vu": Contest.deja_vu,
+    "noisy_top_k": Contest.noisy_top_k,
+    "sigma_moe": Contest.sigma_moe,
+    "random_router": Contest.random_router,
+    "cats": Contest.cats,
+    "teal": Contest.teal,
+    "wanda": Contest.wanda,
+    "wanda_2_4": Contest.wanda_2_4,
+    "keep_largest": Contest.keep_largest,
+    "expert_oracle": Contest.expert_oracle,
+    "moefication_oracle": Contest.moefication_oracle,
+}
+REFERENCES = (
+    "dense",
+    "dense_tuned",
+    "keep_largest",
+    "expert_oracle",
+    "moefication_oracle",
+    "wanda_2_4",
+)
