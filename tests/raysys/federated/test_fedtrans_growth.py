@@ -1,0 +1,255 @@
+"""FedTrans: operations preserve the function, growth is decided as specified, lineage is kept."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raysys.errors import ConfigError
+from raysys.federated.core.model import FlatWeights, layout_of, load_flat, macs_per_sample
+from raysys.federated.fedtrans.attention import Attention, Patches
+from raysys.federated.fedtrans.cells import Conv, Dense, DenseResidual, Depthwise, ResidualConv
+from raysys.federated.fedtrans.config import GrowthConfig
+from raysys.federated.fedtrans.growth import (
+    activeness,
+    degree_of_convergence,
+    plan_transformation,
+    threshold,
+)
+from raysys.federated.fedtrans.lineage import (
+    Model,
+    crop,
+    derive,
+    first_model,
+    model_from_json,
+    project,
+    similarity,
+)
+from raysys.federated.fedtrans.network import CellNet, net_from_json
+from raysys.federated.fedtrans.signal import Space
+from raysys.federated.fedtrans.transform import (
+    Step,
+    apply_step,
+    apply_weights,
+    can_deepen,
+    can_widen,
+    deepen,
+    unit_map,
+    widen,
+)
+
+NETS = {
+    "perceptron": CellNet(shape=(1, 8, 8), cells=(Dense(width=5), Dense(width=3))),
+    "residual": CellNet(
+        shape=(20,),
+        cells=(Dense(width=5, activation="tanh"), DenseResidual(inner=3, activation="gelu")),
+    ),
+    "convolutional": CellNet(
+        shape=(1, 8, 8), cells=(Conv(channels=4, pool=True), Conv(channels=6), Dense(width=7))
+    ),
+    "normed": CellNet(
+        shape=(3, 8, 8),
+        cells=(
+            Conv(channels=4, group_size=2),
+            ResidualConv(inner=6, group_size=3),
+            Depthwise(),
+            ResidualConv(inner=2),
+            Conv(channels=3, pool=True),
+        ),
+    ),
+    "attention": CellNet(
+        shape=(1, 8, 8),
+        cells=(
+            Patches(patch=4, dim=6),
+            Attention(heads=3, head_dim=2, mlp=5),
+            Attention(heads=1, head_dim=4, mlp=3),
+        ),
+    ),
+}
+
+
+def outputs(net: CellNet, values: FlatWeights, seed: int = 0) -> npt.NDArray[np.float32]:
+    inputs = torch.from_numpy(
+        np.random.default_rng(seed).standard_normal((9, *net.shape), dtype=np.float32)
+    )
+    with torch.inference_mode():
+        found: npt.NDArray[np.float32] = load_flat(net.build(), values).eval()(inputs).numpy()
+    return found
+
+
+def steps_of(net: CellNet, seed: int, factor: float) -> list[Step]:
+    found = []
+    for cell in range(len(net.cells)):
+        if can_widen(net, cell):
+            found.append(Step(op="widen", cell=cell, seed=seed, factor=factor))
+        if can_deepen(net, cell):
+            found.append(Step(op="deepen", cell=cell, seed=seed))
+    return found
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_layout_cost_and_text_agree_with_the_module(name: str) -> None:
+    net = NETS[name]
+    assert net_from_json(net.to_json()) == net
+    assert layout_of(net.spec()).n_params == net.n_params
+    counted = macs_per_sample(net.spec(), torch.zeros(1, *net.shape))
+    # Hooks see layers; the products of attention are not layers.
+    scores = sum(2 * 4 * 4 * c.heads * c.head_dim for c in net.cells if isinstance(c, Attention))
+    assert net.macs() == counted + scores
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("factor", [1.5, 2.0, 3.0])
+def test_every_operation_preserves_the_function(name: str, factor: float) -> None:
+    net = NETS[name]
+    values = net.initial(1)
+    before = outputs(net, values)
+    for step in steps_of(net, 3, factor):
+        after = outputs(apply_step(net, step), apply_weights(net, values, step))
+        assert np.abs(after - before).max() <= 1e-5 * np.abs(before).max(), step
+
+
+@settings(max_examples=20)
+@given(name=st.sampled_from(sorted(NETS)), seed=st.integers(0, 1000))
+def test_chains_of_four_preserve_the_function(name: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    net, values = NETS[name], NETS[name].initial(seed)
+    before = outputs(net, values)
+    for _ in range(4):
+        able = steps_of(net, seed, 2.0)
+        step = able[int(rng.integers(len(able)))]
+        values, net = apply_weights(net, values, step), apply_step(net, step)
+    assert np.abs(outputs(net, values) - before).max() <= 1e-5 * np.abs(before).max()
+
+
+def test_copies_get_uneven_shares_that_sum_to_one() -> None:
+    units = unit_map(Space(6, group=2), 18, np.random.default_rng(0), "uneven")
+    assert np.array_equal(units.source[:6], np.arange(6))
+    assert np.array_equal(np.bincount(units.source), [3] * 6)
+    assert np.array_equal(units.source[::2] + 1, units.source[1::2])  # whole groups
+    assert np.allclose(np.bincount(units.source, weights=units.share), 1.0)
+    assert len(np.unique(units.share)) == 18
+    equal = unit_map(Space(6), 12, np.random.default_rng(0), "equal")
+    assert np.allclose(equal.share, 0.5)
+
+
+def test_equal_split_leaves_clones_and_shares_do_not() -> None:
+    """The gradient of a copy differs from its original's only where their shares differ."""
+    net = CellNet(shape=(6,), cells=(Dense(width=3),), classes=4)
+    gaps = {}
+    for split in ("uneven", "equal"):
+        wide, values, _ = widen(net, net.initial(0), 0, 2.0, 1, split)  # type: ignore[arg-type]
+        module = load_flat(wide.build(), values)
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(32, 6, generator=generator)
+        targets = torch.randint(0, 4, (32,), generator=generator)
+        torch.nn.functional.cross_entropy(module(inputs), targets).backward()  # type: ignore[no-untyped-call]
+        gradient = next(module.parameters()).grad
+        assert gradient is not None
+        order = unit_map(Space(3), 6, np.random.default_rng(1), split).source  # type: ignore[arg-type]
+        gaps[split] = max(
+            float((gradient[unit] - gradient[order[unit]]).abs().max()) for unit in range(3, 6)
+        )
+    assert gaps["equal"] < 1e-7
+    assert gaps["uneven"] > 1e-4
+
+
+def test_a_loss_curve_with_an_elbow_is_found_after_it() -> None:
+    config = GrowthConfig(delta=5, gamma=3, smooth=1, beta=0.01)
+    falling = [1.0 - 0.1 * step for step in range(8)]
+    assert degree_of_convergence(falling[:7], config) is None  # before delta + gamma rounds
+    assert degree_of_convergence(falling, config) == pytest.approx(0.1)
+    flat = [*falling, *[0.3] * 8]
+    slope = degree_of_convergence(flat, config)
+    assert slope is not None
+    assert slope <= config.beta
+    assert threshold(falling, GrowthConfig(smooth=1, beta_relative=0.01)) == pytest.approx(0.01)
+
+
+def test_activeness_divides_by_the_weights() -> None:
+    net = CellNet(shape=(4,), cells=(Dense(width=4), Dense(width=4)))
+    values = np.ones(net.n_params, dtype=np.float32)
+    first = net.slices()[0]
+    values[first] = 10.0
+    found = activeness(net, np.ones(net.n_params), values)
+    assert found == pytest.approx([0.1, 1.0])
+
+
+def test_widening_and_deepening_alternate_and_weak_cells_go_first() -> None:
+    model = first_model(CellNet(shape=(8,), cells=(Dense(width=4), Dense(width=4))))
+    active = np.array([1.0, 0.95])
+    config = GrowthConfig(alpha=0.9)
+    plan = plan_transformation(model, active, config, float("inf"), 0, 1)
+    assert [(step.op, step.cell) for step in plan.steps] == [("widen", 1), ("widen", 0)]
+    child = derive(model, 0, plan.steps, 5)
+    again = plan_transformation(child, np.array([1.0, 0.1]), config, float("inf"), 0, 2)
+    assert [(step.op, step.cell) for step in again.steps] == [("deepen", 0)]
+    # Widening both costs too much; the less active second cell is left as it is.
+    one = derive(model, 0, [step for step in plan.steps if step.cell == 0], 5)
+    tight = plan_transformation(model, active, config, float(one.net.macs()), 0, 1)
+    assert [step.cell for step in tight.steps] == [0]
+    assert tight.dropped == (1,)
+    assert not plan_transformation(model, active, config, model.net.macs(), 0, 1).steps
+
+
+def family_of_three() -> list[Model]:
+    first = first_model(CellNet(shape=(6,), cells=(Dense(width=4), Dense(width=4)), classes=3))
+    second = derive(first, 0, [Step(op="widen", cell=0, seed=2)], 10)
+    third = derive(second, 1, [Step(op="deepen", cell=1), Step(op="deepen", cell=0)], 20)
+    return [first, second, third]
+
+
+def test_similarity_follows_the_line_of_descent() -> None:
+    family = family_of_three()
+    assert similarity(family, 1, 1) == 1.0
+    # First cell 28 -> 56 parameters; the second reads twice as many units: 20 -> 36; head same.
+    assert similarity(family, 0, 1) == pytest.approx((28 / 56 + 20 / 36 + 1) / 3)
+    # Two inserted cells count nothing.
+    assert similarity(family, 1, 2) == pytest.approx(3 / 5)
+    assert similarity(family, 0, 2) == similarity(family, 2, 0)
+    assert similarity(family, 0, 2) == pytest.approx((28 / 56 + 20 / 36 + 1) / 5)
+
+
+def test_projection_carries_the_present_weights_through_the_stored_maps() -> None:
+    family = family_of_three()
+    values = family[0].net.initial(4)
+    carried, there = project(family, values, 0, 2)
+    expected = outputs(family[0].net, values)
+    assert np.abs(outputs(family[2].net, carried) - expected).max() < 1e-5
+    sizes = family[2].net.sizes()
+    assert there.sum() == sum(sizes) - sizes[1] - sizes[3]  # inserted cells have no counterpart
+    cropped, mask = crop(family, values, 0, 2)
+    assert mask.sum() == family[0].net.n_params
+    assert np.isclose(np.sort(cropped[mask]), np.sort(values)).all()
+    with pytest.raises(ConfigError, match="ancestor"):
+        project(family, values, 2, 0)
+
+
+def test_a_member_survives_being_written_down() -> None:
+    for model in family_of_three():
+        assert model_from_json(model.to_json()) == model
+    with pytest.raises(ConfigError, match="record"):
+        model_from_json("{}")
+
+
+def test_wrong_requests_are_refused() -> None:
+    net = NETS["attention"]
+    values = net.initial(0)
+    with pytest.raises(ConfigError, match="Patches"):
+        deepen(net, values, 0)
+    with pytest.raises(ConfigError, match=r"step\.cell"):
+        widen(net, values, 7)
+    with pytest.raises(ConfigError, match="weights"):
+        net.split(values[:-1])
+    with pytest.raises(ConfigError, match="factor"):
+        Step(op="widen", cell=0, factor=1.0)
+    with pytest.raises(ConfigError, match="image"):
+        CellNet(shape=(8,), cells=(Conv(channels=2),))
+    with pytest.raises(ConfigError, match="before pooling"):
+        CellNet(shape=(1, 1, 1), cells=(Conv(channels=2, pool=True),))
+    with pytest.raises(ConfigError, match="network"):
+        net_from_json('{"shape": [3], "cells": [{"kind": "Unknown"}], "classes": 2}')
