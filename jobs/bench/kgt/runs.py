@@ -68,7 +68,7 @@ def _piece(task: Task, methods: Mapping[str, Method], profile: Profile, seed: in
         "rows": len(task.split.train),
         "recipe": dataclasses.asdict(task.recipe),
         "seed": seed,
-        "methods": {name: method.key() for name, method in methods.items()},
+        "methods": {name: method.key(task) for name, method in methods.items()},
     }
     return Piece(f"{task.name}-{seed}", key, measure)
 
@@ -100,10 +100,9 @@ def tuned_rivals(task: Task, profile: Profile) -> tuple[dict[str, Method], dict[
     corrected by what was measured, and the interval of the gradient criterion that came closest
     is taken. The quick profile skips the measurement.
     """
-    total = task.recipe.epochs * (len(task.split.train) // task.recipe.batch_size)
     guess = 0.6
     tried = _scheduled(task, dict.fromkeys(_schedules(), guess))
-    intervals = {f"gradient_{n}": total // n for n in _GRADIENT_PARTS[: profile.pick(1, None)]}
+    intervals = {f"gradient_{n}": task.steps // n for n in _GRADIENT_PARTS[: profile.pick(1, None)]}
     tried |= {k: Method("gradient", True, {"interval": n}) for k, n in intervals.items()}
     if not profile.full:
         named = {("gradient" if k in intervals else k): m for k, m in tried.items()}

@@ -181,7 +181,7 @@ def _coreset_run(task: tasks.Task, seed: int) -> dict[str, Any]:
     coreset, scoring_s = ccs_coreset(task, seed)
     smaller = dataclasses.replace(task, split=dataclasses.replace(task.split, train=coreset))
     # The run has fewer steps: readings at the same epochs.
-    every = max(2, round(tasks.KGT_OPTIONS["every"] * _CORESET_SHARE))
+    every = max(2, round(task.every * _CORESET_SHARE))
     whole = tasks.side_by_side(task, {"vanilla": tasks.VANILLA}, seed)["vanilla"]
     ways = {"vanilla": tasks.VANILLA, "kgt": tasks.Method("kgt", True, {"every": every})}
     few = tasks.side_by_side(smaller, ways, seed)

@@ -17,6 +17,7 @@ SCOPES = ("frontmost", "all")
 CACHE_DTYPES = ("fp16", "bf16", "fp32")
 SHORT_RUN_STEPS = 5000
 MIN_INTERVAL = 5
+_WINDOWS_PER_PHASE = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +130,15 @@ def automatic_interval(total_steps: int, window: int, modules: int, drops: int) 
     return max(MIN_INTERVAL, round(total_steps / (2 * window) / modules / terms))
 
 
+def interval_for_all(total_steps: int, window: int, drops: int) -> int:
+    """n where every module is read at once: five windows of readings in each phase of the rate.
+
+    One pass serves all modules, so their number does not matter. Ours; on a run of 736 steps twice
+    as long an interval left the modules training until shortly before the first drop.
+    """
+    return max(MIN_INTERVAL, round(total_steps / (_WINDOWS_PER_PHASE * window * (drops + 1))))
+
+
 def resolve(config: KGTConfig, total_steps: int, modules: int) -> KGTConfig:
     """Fill the automatic window and interval for a run of ``total_steps`` optimizer steps.
 
@@ -138,12 +148,12 @@ def resolve(config: KGTConfig, total_steps: int, modules: int) -> KGTConfig:
     if total_steps < 1:
         raise ConfigError("total_steps", total_steps, "at least 1")
     window = config.window or (10 if total_steps >= SHORT_RUN_STEPS else 5)
-    # With every module read at once, one pass serves all of them: the paper's divisor is 1.
-    readings = modules if config.scope == "frontmost" else 1
-    every = config.every or automatic_interval(
-        total_steps, window, max(1, readings), config.expected_drops
-    )
-    every = max(1, min(every, max(1, total_steps // (4 * window))) if not config.every else every)
+    if config.scope == "frontmost":
+        automatic = automatic_interval(total_steps, window, max(1, modules), config.expected_drops)
+    else:
+        automatic = interval_for_all(total_steps, window, config.expected_drops)
+    automatic = max(1, min(automatic, total_steps // (4 * window)))
+    every = config.every or automatic
     return dataclasses.replace(
         config, window=window, every=every, bootstrap_window=config.bootstrap_window or every
     )

@@ -48,6 +48,14 @@ def test_short_runs_get_the_small_window() -> None:
         resolve(KGTConfig(), 0, 7)
 
 
+def test_reading_all_modules_at_once_takes_five_windows_in_each_phase_of_the_rate() -> None:
+    config = KGTConfig(scope="all", window=8)
+    assert resolve(config, 736, 8).every == 6
+    assert resolve(config, 1_860, 3).every == 16
+    assert resolve(config, 64, 8).every == 2  # four windows at least fit into any run
+    assert resolve(dataclasses.replace(config, expected_drops=0), 1_860, 8).every == 46
+
+
 def test_bootstrapping_ends_when_the_loss_flattens_and_not_before_its_share() -> None:
     config = dataclasses.replace(QUICK, bootstrap_rate=0.1, bootstrap_window=2)
     controller = FreezeController(config, 3, 1000)
