@@ -95,7 +95,8 @@ class _AttentionModule(nn.Module):
         self.down = nn.Linear(cell.mlp, dim)
 
     def _split(self, x_BTI: Tensor) -> Tensor:
-        return x_BTI.unflatten(-1, (self.heads, self.head_dim)).transpose(-3, -2)
+        shape = (*x_BTI.shape[:-1], self.heads, self.head_dim)
+        return x_BTI.reshape(shape).transpose(-3, -2)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Attention, then the MLP, each added to the trunk."""

@@ -119,7 +119,7 @@ class Journal:
 def _transition(entry: dict[str, Any]) -> Transition:
     plan = dict(entry["plan"])
     steps = tuple(Step(**step) for step in plan.pop("steps"))
-    lists = {name: tuple(plan.pop(name)) for name in ("activeness", "dropped")}
+    lists: dict[str, Any] = {name: tuple(plan.pop(name)) for name in ("activeness", "dropped")}
     return Transition(
         entry["round_id"], entry["parent"], Transformation(steps=steps, **lists, **plan)
     )

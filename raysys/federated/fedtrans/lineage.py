@@ -63,7 +63,9 @@ def model_from_json(text: str) -> Model:
         fields: dict[str, Any] = json.loads(text)
         net = net_from_json(fields.pop("net"))
         steps = tuple(Step(**step) for step in fields.pop("steps"))
-        lists = {n: tuple(fields.pop(n)) for n in ("origin", "inherited", "last_op")}
+        lists: dict[str, Any] = {
+            n: tuple(fields.pop(n)) for n in ("origin", "inherited", "last_op")
+        }
         return Model(net=net, steps=steps, **lists, **fields)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError("model", text[:80], "a family member's record", repr(error)) from error

@@ -127,7 +127,8 @@ class SplitMix:
 
     def weights(self, model_id: int) -> FlatWeights:
         """Weights of a base net."""
-        return self._values[model_id]
+        values: FlatWeights = self._values[model_id]
+        return values
 
     def feedback_spec(self) -> FeedbackSpec:
         """Nothing beyond the sums."""
