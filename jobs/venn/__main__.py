@@ -1,9 +1,10 @@
-"""Share one population of devices between many federated jobs (serve, load, top).
+"""Share one population of devices between many federated jobs (serve, load, top, simulate).
 
 raysys venn serve [--set cluster.gateways=4]      the service on Ray, until Ctrl-C
 raysys venn load --set scheduler=HOST:PORT ...    put load on a running service and check it
 raysys venn top  --set scheduler=HOST:PORT        live view of jobs, groups, supply and waits
 raysys venn token --set role=job ...              issue an enrolment token
+raysys venn simulate [--set tiers=2]              workloads under several schedulers, a report
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from jobs.launcher import Job, main
-from jobs.venn import load, serve, token, top
+from jobs.venn import load, serve, simulate, token, top
 
 COMMANDS: dict[str, Job[Any]] = {
     "serve": serve.JOB,
     "load": load.JOB,
     "top": top.JOB,
     "token": token.JOB,
+    "simulate": simulate.JOB,
 }
 
 

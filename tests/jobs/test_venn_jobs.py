@@ -222,6 +222,27 @@ def test_serve_prints_addresses_and_stops(
     assert list((tmp_path / "state").glob("log-*.jsonl"))
 
 
+def test_simulate_writes_a_report_and_a_row_per_job(tmp_path: Path) -> None:
+    settings = {
+        "workloads": '["low", "general"]',
+        "policies": '["random", "irs-yield"]',
+        "jobs": 4,
+        "scale_devices": 100,
+        "scale_rounds": 400,
+        "devices": 1100,
+        "tiers": 2,
+    }
+    words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    assert venn(["simulate", *words, "--run-dir", str(tmp_path / "run")]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
+    assert set(result) == {"low", "general"}
+    assert set(result["low"]) == {"random", "irs-yield"}
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 6
+    assert RunDirectory.open(str(tmp_path / "run")).read_table("jobs").num_rows == 16
+    assert venn(["simulate", "--set", 'policies=["magic"]']) == 2
+
+
 def test_tour_stage_at_its_smallest(ray_session: Session, tmp_path: Path) -> None:
     run = RunDirectory.create(str(tmp_path / "run"), job="tour", config={}, seeds=[], now="now")
     seen: list[float] = []

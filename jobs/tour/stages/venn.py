@@ -5,11 +5,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
 from actors.venn.load import LoadConfig, LoadReport, run_load
 from actors.venn.processes import deployment
 from jobs.tour.stage import Row, Stage, StageContext, StageResult
+from jobs.venn.plots import DAY_S, completion_plot, demand_plot, wait_plot
 from raysys import machine
 from raysys.federated.venn import baselines
 from raysys.federated.venn.irs import IRS, IRSConfig
@@ -17,12 +16,8 @@ from raysys.federated.venn.requests import Policy
 from raysys.federated.venn.simulator import SimResult, Trace, simulate
 from raysys.federated.venn.simulator.loaders import generated_trace, load_trace
 from raysys.federated.venn.simulator.workloads import WorkloadConfig, make_workload
-from raysys.report import Plot, new_figure
 
 WORKLOADS = ("even", "small", "low", "general")
-DAY_S = 86_400.0
-HOUR_S = 3600.0
-WAIT_SLOTS = 30
 
 
 def policies() -> dict[str, Policy]:
@@ -116,63 +111,13 @@ def _result(
         f"live service over gRPC: {live.rate_per_s:,.0f} check-ins/s (paced), batch latency p99 "
         f"{live.latency_ms(0.99):.0f} ms, {live.assigned:,} devices in {live.rounds} rounds",
     ]
-    plots = [_completion_plot(results), _demand_plot(results, trace), _wait_plot(results)]
+    name, outcomes = next(iter(results.items()))
+    plots = [
+        completion_plot(name, outcomes),
+        demand_plot(name, "Venn", outcomes["Venn"], trace),
+        wait_plot(name, outcomes),
+    ]
     return StageResult(rows=rows, plots=plots, notes=notes)
-
-
-def _completion_plot(results: dict[str, dict[str, SimResult]]) -> Plot:
-    name, outcomes = next(iter(results.items()))
-    figure, axes = new_figure()
-    for label, result in outcomes.items():
-        days = np.sort([job.jct_s / DAY_S for job in result.jobs])
-        axes.step(days, np.arange(1, len(days) + 1) / len(days), where="post", label=label)
-    axes.set_xlabel("completion time (simulated days)")
-    axes.set_ylabel("share of jobs")
-    axes.legend()
-    caption = f"{name} workload; a curve further to the left is better"
-    return Plot(title="Job completion times", caption=caption, figure=figure)
-
-
-def _demand_plot(results: dict[str, dict[str, SimResult]], trace: Trace) -> Plot:
-    name, outcomes = next(iter(results.items()))
-    ours = outcomes["Venn"]
-    end_s = max(job.finish_s for job in ours.jobs)
-    edges = np.arange(0, end_s + HOUR_S, HOUR_S)
-    supplied = np.diff([trace.position_at(float(edge)) for edge in edges])
-    demanded = np.zeros(len(edges) - 1)
-    for job in ours.jobs:
-        sizes = np.full(len(job.opens_s), job.demand / max(len(job.opens_s), 1))
-        demanded += np.histogram(job.opens_s, bins=edges, weights=sizes)[0]
-    figure, axes = new_figure()
-    axes.plot(edges[:-1] / DAY_S, supplied, label="devices that checked in")
-    axes.plot(edges[:-1] / DAY_S, demanded, label="devices asked for in finished rounds")
-    axes.set_xlabel("simulated days")
-    axes.set_ylabel("devices per hour")
-    axes.legend()
-    caption = f"{name} workload under Venn; the trace has a daily rhythm"
-    return Plot(title="Supply and demand", caption=caption, figure=figure)
-
-
-def _wait_plot(results: dict[str, dict[str, SimResult]]) -> Plot:
-    name, outcomes = next(iter(results.items()))
-    figure, axes = new_figure()
-    last_s = max(job.opens_s[-1] for result in outcomes.values() for job in result.jobs)
-    width_s = last_s / WAIT_SLOTS
-    for label, result in outcomes.items():
-        opened = np.concatenate([job.opens_s for job in result.jobs])
-        lasted = np.concatenate([job.closes_s for job in result.jobs]) - opened
-        slots = (opened // width_s).astype(int)
-        counts = np.bincount(slots)
-        means = np.bincount(slots, weights=lasted)[counts > 0] / counts[counts > 0]
-        axes.plot(np.flatnonzero(counts) * width_s / DAY_S, means, label=label)
-    axes.set_xlabel("simulated days")
-    axes.set_ylabel("seconds per round")
-    axes.legend()
-    caption = (
-        f"{name} workload; from opening to the last needed answer, mean over the successful rounds "
-        f"opened in {width_s / HOUR_S:.1f} h"
-    )
-    return Plot(title="How long a round takes", caption=caption, figure=figure)
 
 
 STAGE = Stage(
