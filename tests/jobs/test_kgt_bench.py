@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jobs.bench import kgt as bench
-from jobs.bench.kgt import runs, tasks
+from jobs.bench.kgt import figures, runs, tasks
 from jobs.bench.pieces import Piece, measure_pieces
 from raysys.bench import Profile
 from raysys.errors import DataError
@@ -63,6 +63,11 @@ def test_end_to_end_goes_on_from_kept_pieces(
 
     monkeypatch.setattr(tasks, "side_by_side", trained)
     assert bench.end_to_end(profile).value == first.value
+    assert figures.main([str(tmp_path), str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "Accuracy against CPU time" in page
+    assert "digits-step" in page
+    assert figures.main([str(tmp_path / "none"), "page.html"]) != 0
 
 
 @pytest.mark.usefixtures("tiny")
@@ -73,6 +78,19 @@ def test_rivals_train_beside_ours() -> None:
     assert claim.samples["margins"]["linear"] == pytest.approx(
         points["kgt_cached"] - points["linear"]
     )
+
+
+def test_a_staircase_shows_what_was_frozen_until_when() -> None:
+    rows = [
+        {"method": "kgt", "seed": 1, "schedule": [[4, 2], [8, 0]], "steps": 10, "accuracy": 0.5,
+         "cpu_s": 2.0, "cpu_ratio": None, "curve": [[1.0, 0.4], [2.0, 0.5]]},
+    ]  # fmt: skip
+    (line,) = figures.schedule_plot({"kgt": rows}).figure.axes[0].get_lines()
+    assert list(line.get_xdata()) == [0, 4, 4, 8, 8, 10]
+    assert list(line.get_ydata()) == [0, 0, 2, 2, 0, 0]
+    curve, dot = figures.accuracy_plot(rows).figure.axes[0].get_lines()
+    assert list(curve.get_ydata()) == [40.0, 50.0]
+    assert list(dot.get_xdata()) == [2.0]
 
 
 def test_pieces_are_shared_reclaimed_and_checked(tmp_path: Path) -> None:
