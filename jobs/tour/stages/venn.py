@@ -42,7 +42,7 @@ def run(context: StageContext) -> StageResult:
             name=name,
             jobs=12 if context.smoke else 50,
             scale_devices=40 if context.smoke else 10,
-            scale_rounds=80 if context.smoke else 20,
+            scale_rounds=80 if context.smoke else 40,
         )
         workload = make_workload(config)
         results[name] = {}
