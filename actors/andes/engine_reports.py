@@ -1,21 +1,21 @@
-"""What an engine tells about itself: a step log, and totals by tenant. No vLLM here."""
+"""What an engine tells about itself: logs of steps and plans, totals by tenant. No vLLM here."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 ANONYMOUS = "anonymous"
 OTHERS = "(others)"
 MAX_TENANTS = 100  # names come from clients: without a bound they could fill memory and metrics
-FLUSH_STEPS = 32
+FLUSH_LINES = 32
 
 
-class StepLog:
-    """Writes one JSON object a step, for ``raysys calibrate``.
+class JsonLog:
+    """Writes one JSON object a line: what happened, for later study.
 
     Args:
         path: file, appended to; None writes nothing.
@@ -28,19 +28,13 @@ class StepLog:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 - until close()
 
-    def write(self, batch: int, prefill_tokens: int, context_tokens: int, seconds: float) -> None:
-        """Note a step: sequences, prompt tokens computed, KV tokens held, wall-clock seconds."""
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Add a line."""
         if self._file is None:
             return
-        step = {
-            "batch": batch,
-            "prefill_tokens": prefill_tokens,
-            "context_tokens": context_tokens,
-            "seconds": round(seconds, 6),
-        }
-        self._file.write(json.dumps(step) + "\n")
+        self._file.write(json.dumps(entry) + "\n")
         self._unflushed += 1
-        if self._unflushed >= FLUSH_STEPS:
+        if self._unflushed >= FLUSH_LINES:
             self.flush()
 
     def flush(self) -> None:
@@ -54,6 +48,21 @@ class StepLog:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+class StepLog(JsonLog):
+    """Writes one JSON object a step, for ``raysys calibrate``."""
+
+    def note(self, batch: int, prefill_tokens: int, context_tokens: int, seconds: float) -> None:
+        """Note a step: sequences, prompt tokens computed, KV tokens held, wall-clock seconds."""
+        self.write(
+            {
+                "batch": batch,
+                "prefill_tokens": prefill_tokens,
+                "context_tokens": context_tokens,
+                "seconds": round(seconds, 6),
+            }
+        )
 
 
 class TenantTotals:

@@ -41,6 +41,8 @@ class AndesEngineConfig:
             each replica takes a file of its own: None a temporary one, and further replicas on a
             node append their number to a name that is given.
         step_log: JSON lines, one a step, for ``raysys calibrate``; None writes none.
+        decision_log: JSON lines, one a triggered plan with all its inputs, to replay with
+            :mod:`raysys.serving.andes.decisions`; large; None writes none.
         slowdowns: for studies of unequal machines: replica number i makes its steps so many times
             as long, by sleeping; 1 where the list ends.
         slowdown: this engine's own factor, filled in from ``slowdowns``.
@@ -53,6 +55,7 @@ class AndesEngineConfig:
     force_untested: bool = False
     status_file: str | None = None
     step_log: str | None = None
+    decision_log: str | None = None
     slowdowns: tuple[float, ...] = ()
     slowdown: float = 1.0
 
@@ -85,6 +88,7 @@ def for_replica(config: AndesEngineConfig, number: int, default_status: str) -> 
         config,
         status_file=own(config.status_file) or default_status,
         step_log=own(config.step_log),
+        decision_log=own(config.decision_log),
         slowdown=slow,
     )
 

@@ -29,7 +29,7 @@ from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from actors.andes.engine_reports import StepLog, TenantTotals
+from actors.andes.engine_reports import JsonLog, StepLog, TenantTotals
 from actors.andes.engine_settings import POLICY_FIELD, read_arguments, write_status
 from raysys.errors import CapabilityError, ConfigError
 from raysys.serving.andes.gain import buffer_s
@@ -37,7 +37,7 @@ from raysys.serving.andes.load import replica_load
 from raysys.serving.andes.options import shortage_tokens
 from raysys.serving.andes.routing import load_to_dict
 from raysys.serving.andes.scheduler import AndesScheduler
-from raysys.serving.andes.snapshot import Plan
+from raysys.serving.andes.snapshot import Plan, Snapshot
 from raysys.serving.andes.spec import QoESpec, default_ttft_s, spec_from_fields
 from raysys.serving.andes.table import RequestTable
 
@@ -107,16 +107,18 @@ class AndesVllmScheduler(AsyncScheduler):  # type: ignore[misc]
         check_engine(self.andes_config.force_untested)
         super().__init__(*args, **kwargs)
         self.waiting = PlannedQueue()
+        self._step_log = StepLog(self.andes_config.step_log)
+        self._decisions = JsonLog(self.andes_config.decision_log)
         self.brain = AndesScheduler(
             self.andes_config.scheduler,
             on_error=lambda error: logger.exception("plan failed, FCFS this step", exc_info=error),
+            on_decision=self._decisions.write if self.andes_config.decision_log else None,
         )
         self.table = RequestTable()
         self.slots: dict[str, int] = {}
         self.tenants = TenantTotals()
         self._labels: dict[int, str] = {}
         self._watched: set[str] = set()  # requests that run or ran: the others do not change
-        self._step_log = StepLog(self.andes_config.step_log)
         self.bad_targets = 0
         self.plan_ms: deque[float] = deque(maxlen=500)
         self._steps: deque[tuple[int, float, tuple[int, int, int, int]]] = deque(maxlen=64)
@@ -216,20 +218,18 @@ class AndesVllmScheduler(AsyncScheduler):  # type: ignore[misc]
     def _plan(self, now: float) -> None:
         began = time.perf_counter()
         slots, requests = self._refresh(now)
-        snapshot = self.table.snapshot(
-            now,
-            slots,
-            capacity_tokens=self.kv_capacity(),
-            free_tokens=self.kv_free(),
-            max_batch=self._max_running,
-            step_tokens=self.max_num_scheduled_tokens,
-        )
-        plan = self.brain.plan(snapshot)
+        plan = self.brain.plan(self._snapshot(now, slots))
         self._apply(plan, requests)
         seconds = time.perf_counter() - began
         self.plan_ms.append(1e3 * seconds)
         self.tenants.planned(seconds)
         self.brain.on_plan_time(seconds)
+
+    def _snapshot(self, now: float, slots: Any) -> Snapshot:
+        return self.table.snapshot(
+            now, slots, capacity_tokens=self.kv_capacity(), free_tokens=self.kv_free(),
+            max_batch=self._max_running, step_tokens=self.max_num_scheduled_tokens,
+        )  # fmt: skip
 
     def _refresh(self, now: float) -> tuple[Any, list[Request]]:
         """Bring the table up to date; returns the slots and their requests in one order.
@@ -333,7 +333,7 @@ class AndesVllmScheduler(AsyncScheduler):  # type: ignore[misc]
                 if batch:
                     seconds = now - max(started, self._updated_at)
                     self.brain.on_step(batch, prefill, context, seconds, repeated)
-                    self._step_log.write(batch, prefill, context, seconds)
+                    self._step_log.note(batch, prefill, context, seconds)
                 break
         self._updated_at = now
 
@@ -350,10 +350,7 @@ class AndesVllmScheduler(AsyncScheduler):  # type: ignore[misc]
     def status(self, now: float) -> dict[str, Any]:
         """Live figures for the router, the autoscaler and the metrics; JSON-ready."""
         slots, _ = self._refresh(now)
-        snapshot = self.table.snapshot(
-            now, slots, capacity_tokens=self.kv_capacity(), free_tokens=self.kv_free(),
-            max_batch=self._max_running, step_tokens=self.max_num_scheduled_tokens,
-        )  # fmt: skip
+        snapshot = self._snapshot(now, slots)
         counters = dataclasses.asdict(self.brain.counters)
         step_time = self.brain.latency.step_time
         plan_ms = sorted(self.plan_ms) or [0.0]
@@ -383,6 +380,7 @@ class AndesVllmScheduler(AsyncScheduler):  # type: ignore[misc]
             write_status(Path(self.andes_config.status_file), self.status(now))
             if not self.requests:
                 self._step_log.flush()
+                self._decisions.flush()
         except OSError as error:
             logger.warning("status not written: %s", error)
 
@@ -390,6 +388,7 @@ class AndesVllmScheduler(AsyncScheduler):  # type: ignore[misc]
         """Write the last status, then shut down; may not run when the engine is killed."""
         self._publish(time.monotonic())
         self._step_log.close()
+        self._decisions.close()
         super().shutdown()
 
 

@@ -126,13 +126,13 @@ def test_the_step_log_is_what_calibrate_reads(tmp_path: Path) -> None:
     path = tmp_path / "logs" / "steps.jsonl"
     log = StepLog(str(path))
     for number in range(40):
-        log.write(number, 0, 10 * number, 0.05)
+        log.note(number, 0, 10 * number, 0.05)
     assert len(path.read_text().splitlines()) >= 32  # what is lost by a kill is bounded
     log.close()
     log.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines[3] == {"batch": 3, "prefill_tokens": 0, "context_tokens": 30, "seconds": 0.05}
-    StepLog(None).write(1, 2, 3, 4.0)
+    StepLog(None).note(1, 2, 3, 4.0)
 
 
 def test_totals_by_tenant() -> None:

@@ -181,7 +181,7 @@ def test_where_strangers_come_in_bursts_are_off(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_schema_holds_under_fuzzing(served: Served) -> None:
-    report = fuzz_app(served.app, MODEL, examples=12)
-    assert report.calls >= 80
+    report = fuzz_app(served.app, MODEL, examples=6)
+    assert report.calls >= 40
     assert report.operations == len(served.app.openapi()["paths"])
     assert not report.failures, report.failures[:3]

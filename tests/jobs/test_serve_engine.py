@@ -231,8 +231,8 @@ def test_another_content_type_is_refused(endpoint: str) -> None:
 
 def test_the_schema_holds_under_fuzzing(endpoint: str) -> None:
     """Whatever fits the endpoint's own schema, and what does not, gets an answer below 500."""
-    report = fuzz(endpoint, KEY, packaged_model.NAME, examples=15)
-    assert report.calls >= 60
+    report = fuzz(endpoint, KEY, packaged_model.NAME, examples=6)
+    assert report.calls >= 40
     assert report.operations >= 6
     assert not report.failures, report.failures[:3]
     wait_for(everything_is_free, "the engine after the fuzz", 60.0)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from raysys.config import check_choice, check_range
 from raysys.serving.andes.controller import ControllerConfig, HarmController
+from raysys.serving.andes.decisions import record_decision
 from raysys.serving.andes.models import LatencyModel, RestoreModel, StepTime
 from raysys.serving.andes.planner import Planner, PlannerConfig
 from raysys.serving.andes.snapshot import Mode, Plan, Snapshot, limit_speed
@@ -74,12 +75,15 @@ class AndesScheduler:
         config: options.
         on_error: called with the exception when a plan fails; the step then falls back to FCFS,
             because a scheduler's bug must not take the engine down.
+        on_decision: called with the record of each plan that was triggered (see
+            :mod:`raysys.serving.andes.decisions`); None keeps no records.
     """
 
     def __init__(
         self,
         config: AndesConfig | None = None,
         on_error: Callable[[Exception], None] | None = None,
+        on_decision: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.config = config or AndesConfig()
         self.planner = Planner(self.config.planner)
@@ -87,6 +91,7 @@ class AndesScheduler:
         self.controller = HarmController(self.config.controller)
         self.counters = Counters()
         self._on_error = on_error
+        self._on_decision = on_decision
         self._steps_since_plan = self.config.planner.plan_every
         self._event = False
         self._boosted_s = -math.inf
@@ -163,14 +168,7 @@ class AndesScheduler:
         self._steps_since_plan = 0
         boost = snapshot.now_s - self._boosted_s >= self.config.planner.starved_every_s
         try:
-            plan = self.planner.plan(
-                limit_speed(snapshot, self.config.planner.max_tds),
-                self.latency.step_time,
-                self.restore_model,
-                self.mode,
-                boost=boost,
-                drain_tokens_per_s=self._drain_tokens_per_s,
-            )
+            plan = self._make_plan(limit_speed(snapshot, self.config.planner.max_tds), boost)
         except Exception as error:
             if self._on_error is not None:
                 self._on_error(error)
@@ -186,6 +184,20 @@ class AndesScheduler:
         counters.starved += plan.starved
         counters.predicted_gain += plan.gain
         counters.predicted_loss += plan.loss
+        return plan
+
+    def _make_plan(self, snapshot: Snapshot, boost: bool) -> Plan:
+        step_time, restore, mode = self.latency.step_time, self.restore_model, self.mode
+        drain = self._drain_tokens_per_s
+        plan = self.planner.plan(
+            snapshot, step_time, restore, mode, boost=boost, drain_tokens_per_s=drain
+        )
+        if self._on_decision is not None and plan.triggered:
+            self._on_decision(
+                record_decision(
+                    snapshot, step_time, restore, mode, plan, boost=boost, drain_tokens_per_s=drain
+                )
+            )
         return plan
 
     def on_plan_time(self, seconds: float) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from raysys.errors import ConfigError, DataError, InfeasibleError, StorageError
 from raysys.machine import data_dir
+from raysys.serving.andes.models import StepTime
 from raysys.serving.andes.qoe import QoESpec, qoe_of_deliveries
 from raysys.serving.andes.scheduler import AndesConfig
 from raysys.serving.andes.simulator import engine as engine_module
@@ -114,7 +115,7 @@ def test_runs_are_deterministic():
 
 
 def test_latency_model_is_learnt_from_a_wrong_seed():
-    policy = Andes(AndesConfig(step_time=engine_module.StepTime(base_s=0.5, per_sequence_s=0.01)))
+    policy = Andes(AndesConfig(step_time=StepTime(base_s=0.5, per_sequence_s=0.01)))
     simulate(burst(), SMALL, policy)
     learnt = policy.scheduler.latency.step_time
     assert learnt.predict(20, 0, 3000) == pytest.approx(0.06, rel=0.05)
