@@ -76,12 +76,14 @@ def _finish(
     accuracy = loop.accuracy(test.x, test.y)
     modules = len(loop.kgt.plan)
     share = frozen_share(rows, modules, loop.total_steps)
+    skipped = int(getattr(loop.kgt.control, "skipped", 0))
     result = {
         "accuracy": accuracy,
         "steps": loop.total_steps,
         "cpu_s": loop.cpu_s,
         "frozen_share_per_module": share,
         "cache_hit_rate": loop.kgt.status()["cache_hit_rate"],
+        "skipped_readings": skipped,
         "modules": list(loop.kgt.plan.lines()),
         "notes": loop.kgt.notes,
     }
@@ -96,6 +98,10 @@ def _finish(
         *timeline(rows, modules, loop.total_steps),
         *[f"note: {note}" for note in loop.kgt.notes],
     ]
+    if skipped:
+        lines.append(
+            f"note: {skipped} readings were skipped (busy reference, load, no finite value)"
+        )
     return Summary(lines=lines, report="freezing.svg")
 
 

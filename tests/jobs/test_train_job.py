@@ -50,6 +50,7 @@ def test_digits_freeze_with_a_cache_and_are_reported(
     assert result["steps"] == 48
     assert result["accuracy"] > 0.3
     assert max(result["frozen_share_per_module"]) > 0
+    assert result["skipped_readings"] == 0
     assert "module  0" in capsys.readouterr().out
     assert (tmp_path / "run" / "freezing.svg").read_text().startswith("<?xml")
 

@@ -82,6 +82,11 @@ class InlineControl:
             units = {index: module.units[-1] for index, module in enumerate(plan.modules)}
             self.reference = HookReference(units, config.reference)
 
+    @property
+    def skipped(self) -> int:
+        """Readings left out: under load, or without a finite value."""
+        return self.controller.skipped
+
     def wants(self, step: int) -> tuple[int, ...]:
         """Modules whose outputs should be captured at this step."""
         return () if self.disabled_reason else self.controller.wants(step)
