@@ -38,7 +38,7 @@ from actors.swan.pressure import PressureReader
 from actors.swan.sensors import choose_meter, read_battery, read_celsius
 from actors.swan.task import TrainingTask
 from raysys.config import check_range
-from raysys.errors import InfeasibleError
+from raysys.errors import ConfigError, InfeasibleError
 from raysys.federated.swan.choices import Choice
 from raysys.federated.swan.pilot import Change, Pilot, Policy, Step
 from raysys.federated.swan.topology import Topology
@@ -182,12 +182,18 @@ class Swan:
                 handle.remove()
             task.save()
 
-    def step_end(self, seconds: float, steps: int = 1, loss: float = 0.0) -> None:
-        """A step (or several alike) of ``seconds`` each has ended; makes the moves that are due.
+    def report_divergence(self, loss: float) -> None:
+        """The task has diverged: tell it and stop it, never slow it down or hide it.
 
         Raises:
-            ConfigError: the loss is not finite.
+            ConfigError: always.
         """
+        with self._guard:
+            self._note("error", f"the loss is {loss}")
+        raise ConfigError("loss", loss, "a finite loss", "The task has diverged; lower its rate")
+
+    def step_end(self, seconds: float, steps: int = 1) -> None:
+        """A step (or several alike) of ``seconds`` each has ended; makes the moves that are due."""
         with self._guard:
             now_s = self._clock()
             joules = self._meter.read(self._applied) / steps
@@ -199,7 +205,6 @@ class Swan:
                     joules=joules,
                     source=self._meter.source,
                     clock=clock,
-                    loss=loss,
                 )
                 self._apply(self.pilot.on_step(now_s, step))
                 self._check_enforced(now_s)

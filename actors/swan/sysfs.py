@@ -30,8 +30,8 @@ def cpu_list(found: str | None) -> tuple[int, ...]:
     """Ids of a list such as ``0-3,8``; malformed parts are left out."""
     ids: set[int] = set()
     for part in (found or "").split(","):
-        low, _, high = part.strip().partition("-")
-        if low.isdigit() and (high.isdigit() or not high):
+        low, dash, high = part.strip().partition("-")
+        if low.isdigit() and (high.isdigit() or not dash):
             last = min(int(high or low), MOST_CPUS)
             ids.update(range(int(low), last + 1))
     return tuple(sorted(ids))

@@ -47,16 +47,19 @@ class TrainingTask:
             loss: checked when given.
 
         Raises:
-            ConfigError: the loss is NaN or infinite; the state before it has been saved.
+            ConfigError: the loss is NaN or infinite; nothing is saved from then on.
         """
+        if not math.isfinite(loss):
+            self._store = None
+            self._engine.report_divergence(loss)
         self.steps += 1
         self._run += 1
         self._size += samples
         now_s = self._clock()
         passed_s = now_s - self._began_s
-        if not math.isfinite(loss) or passed_s >= self._engine.config.min_step_s:
+        if passed_s >= self._engine.config.min_step_s:
             units = self._size if samples else self._run
-            self._engine.step_end(passed_s / units, self._run, loss)
+            self._engine.step_end(passed_s / units, self._run)
             self._run, self._size = 0, 0.0
             self._began_s = self._clock()
         if self._store is not None and now_s - self._saved_s >= self._checkpoint_s:

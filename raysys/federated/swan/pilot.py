@@ -70,14 +70,12 @@ class Step:
     Args:
         seconds: its time. joules: its energy, NaN when unknown; ``source`` says where it is from.
         clock: current over full clock of the cores used, 1 when unknown.
-        loss: the task's loss, to stop a task that has diverged; 0 when not told.
     """
 
     seconds: float
     joules: float = math.nan
     source: str = "none"
     clock: float = 1.0
-    loss: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -135,10 +133,8 @@ class Pilot:
         """Take a finished step; returns a change of cores, if there is to be one.
 
         Raises:
-            ConfigError: the loss is NaN or infinite: the task must stop, not be slowed down.
+            ConfigError: a step time that is not a positive finite number.
         """
-        if not math.isfinite(step.loss):
-            raise ConfigError("loss", step.loss, "a finite loss", "The task has diverged")
         self.steps += 1
         self.loan.spend(now_s, step.joules, self.battery)
         if self.policy.kind != "swan" or self.choice is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -113,7 +114,7 @@ def test_clusters_from_capacities_with_smt() -> None:
 def test_frontier_rises_in_time_and_falls_in_cost(rows: list[tuple[float, int, float]]) -> None:
     items = [estimate(seconds, float(cost), joules) for seconds, cost, joules in rows]
     kept = prune(items)
-    assert all(a.seconds < b.seconds and a.cost > b.cost for a, b in zip(kept, kept[1:]))
+    assert all(a.seconds < b.seconds and a.cost > b.cost for a, b in itertools.pairwise(kept))
     for item in items:  # nothing that was dropped beats what was kept
         assert any(k.seconds <= item.seconds and k.cost <= item.cost for k in kept)
     thrifty = prune(items, by_energy=True)
@@ -159,11 +160,10 @@ def test_exploration_finds_the_best_at_little_cost(beta: float) -> None:
 
 def test_exploration_of_unmeasured_choices_and_bad_steps() -> None:
     pilot = Pilot(equal_cores(2))
+    for number in range(2):
+        pilot.on_step(float(number), Step(seconds=1.0))
     with pytest.raises(ConfigError, match="positive finite"):
-        for number in range(4):
-            pilot.on_step(float(number), Step(seconds=0.0))
-    with pytest.raises(ConfigError, match="diverged"):
-        pilot.on_step(1.0, Step(seconds=1.0, loss=math.nan))
+        pilot.on_step(2.0, Step(seconds=0.0))
     lone = Pilot(equal_cores(1))
     for number in range(20):
         lone.on_step(float(number), Step(seconds=1.0))
