@@ -26,7 +26,7 @@ from raysys.errors import RaysysError
 from raysys.federated.core.calibration import choose
 from raysys.federated.core.datasets import FederatedData
 from raysys.federated.core.engine import FederatedJob, OpenRound
-from raysys.federated.core.evaluation import Score, percentiles
+from raysys.federated.core.evaluation import Score, mean_score, percentiles
 from raysys.federated.core.model import FlatWeights
 from raysys.federated.core.population import Population
 from raysys.federated.core.serialize import pack_arrays, unpack_arrays
@@ -189,20 +189,29 @@ class JobActor:
         return calls
 
     def _with_scores(self, summary: RoundSummary) -> RoundSummary:
-        """Score what predicts, centrally and on a sample of clients, on two workers at once."""
+        """Score what predicts, on a sample of clients: centrally, and on each one's own samples.
+
+        Clients that are served by the same models are scored together; the central score is the
+        mean over the sampled clients.
+        """
         strategy, population = self._job.strategy, self._job.population
-        models, mix = (list(part) for part in zip(*strategy.predict_plan(0)))
-        spec = strategy.model_spec(models[0])
         step = max(1, population.n_clients // PROBE_CLIENTS)
-        clients = np.arange(0, population.n_clients, step, dtype=np.int64)
-        stacked = ray.put(np.stack([strategy.weights(model) for model in models]))
-        calls = [
-            Call("score", "evaluate", (stacked, spec, mix)),
-            Call("spread", "client_scores", (stacked, spec, mix, clients)),
-        ]
+        served: dict[tuple[tuple[int, float], ...], list[int]] = {}
+        for client in range(0, population.n_clients, step):
+            served.setdefault(tuple(strategy.predict_plan(client)), []).append(client)
+        calls = []
+        for number, (plan, clients) in enumerate(served.items()):
+            models, mix = (list(part) for part in zip(*plan))
+            spec = strategy.model_spec(models[0])
+            stacked = ray.put(np.stack([strategy.weights(model) for model in models]))
+            ids = np.array(clients, dtype=np.int64)
+            calls.append(Call(("score", number), "evaluate", (stacked, spec, mix)))
+            calls.append(Call(("spread", number), "client_scores", (stacked, spec, mix, ids)))
         found = dict(self._pool.run(calls))
-        spread = percentiles(found["spread"])
-        return dataclasses.replace(summary, score=found["score"], spread=spread)
+        counts = [len(clients) for clients in served.values()]
+        score = mean_score([found["score", k] for k in range(len(counts))], counts)
+        spread = percentiles(np.concatenate([found["spread", k] for k in range(len(counts))]))
+        return dataclasses.replace(summary, score=score, spread=spread)
 
     def _calibrate(self) -> None:
         execution = self._job.execution

@@ -101,6 +101,15 @@ def client_scores(
     return means
 
 
+def mean_score(scores: Sequence[Score], clients: Sequence[int]) -> Score:
+    """Mean of scores of one test set, weighted by how many clients each of them serves."""
+    if len(scores) == 1:
+        return scores[0]
+    loss = np.average([score.loss for score in scores], weights=clients)
+    accuracy = np.average([score.accuracy for score in scores], weights=clients)
+    return Score(float(loss), float(accuracy), scores[0].n)
+
+
 def percentiles(values: npt.NDArray[np.float64]) -> dict[str, float]:
     """The 10th to 90th percentile over clients, by name such as ``"p10"``."""
     finite = values[np.isfinite(values)]
