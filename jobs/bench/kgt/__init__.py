@@ -10,7 +10,7 @@ from jobs.bench.kgt import stopped as stopping
 from raysys.bench import Baseline, Claim, Profile
 
 CONFIG = {
-    "tasks": "MNIST-1D (1-D ResNet) and Fashion-MNIST at 14 x 14 (2-D ResNet), 7 layer modules each",
+    "tasks": "MNIST-1D (1-D ResNet), Fashion-MNIST at 14 x 14 (2-D ResNet); 7 layer modules",
     "kgt_options": dict(tasks.KGT_OPTIONS),
     "clock": "process CPU seconds, one torch thread, methods advance in turn epoch by epoch",
     "step_ratio": "ResNet-20, 28 x 28 x 1, batch 64",
