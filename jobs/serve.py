@@ -43,7 +43,7 @@ def run(config: ServingConfig, context: JobContext) -> Summary:
     check_port(config.host, config.port)
     check_vllm()
     check_model(config.model)
-    context.ray(num_cpus=max(2, config.replicas))
+    context.ray(num_cpus=max(2, config.fleet.max_replicas or config.replicas))
     tell = context.console.print
     with Endpoint.start(config, report=lambda text: tell(f"{text} ...")):
         tell(f"serving {config.model.name} at {config.url} (Ctrl-C ends it)")

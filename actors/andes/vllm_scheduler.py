@@ -126,6 +126,7 @@ class AndesVllmScheduler(AsyncScheduler):  # type: ignore[misc]
         self._batch_cap = self._max_running
         self._updated_at = 0.0
         self._status_at = 0.0
+        self._publish(time.monotonic())  # a router must know of a replica that has done nothing yet
 
     # -- requests ------------------------------------------------------------------------------
 

@@ -209,6 +209,10 @@ function showBursts() {
   const running = service.bursts.some((burst) => burst.running);
   $("burst").disabled = running || !service.bursts_allowed;
   $("policies").disabled = !service.bursts_allowed;
+  if (service.policy !== "andes") {
+    document.querySelector("input[value=fcfs]").checked = true;
+    $("policies").disabled = true;
+  }
   if (!service.bursts_allowed) $("loadnote").textContent = "Bursts are off here: raysys serve --set page=full";
   $("bursts").hidden = service.bursts.length === 0;
   const number = (value, digits) => (value === null ? "" : value.toFixed(digits));

@@ -84,7 +84,8 @@ class QoEIngress(PageEndpoints, OpenAiIngress):  # type: ignore[misc]
             self.ledger.refused(tenant, now)
             return refusal(429, "the endpoint is full", None, {"Retry-After": str(retry_s)})
         self.watch()
-        visit = Visit(self.gate, self.ledger, tenant, QoETracker(spec, now))
+        tracker = QoETracker(spec, now)
+        visit = Visit(self.gate, self.ledger, tenant, tracker, streamed=bool(body.stream))
         try:
             response = await handler(body, request)
         except BaseException:
@@ -93,7 +94,7 @@ class QoEIngress(PageEndpoints, OpenAiIngress):  # type: ignore[misc]
         if isinstance(response, StreamingResponse):
             response.body_iterator = visit.follow(response.body_iterator)
         else:
-            visit.end("stop", count=False)
+            visit.end("stop")
         return response
 
 

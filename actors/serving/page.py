@@ -146,11 +146,13 @@ class PageEndpoints:
         )
 
     async def start_burst(self, body: BurstRequest, request: Request) -> Response:
-        """Start a burst; 403 where bursts are off, 409 while one runs."""
+        """Start a burst; 403 where they are off, 409 while one runs, 422 if it cannot be had."""
         if not self._known(request):
             return _refuse(401, "no valid API key", "authorization")
         if not self.settings.bursts or not same_origin(request):
             return _refuse(403, "bursts are off: raysys serve --set page=full", "page")
+        if body.policy == "andes" and self.settings.engine.policy != "andes":
+            return _refuse(422, "this engine knows only order of arrival", "policy")
         if any(burst.ended_s is None for burst in self._bursts):
             return _refuse(409, "a burst is under way", None)
         self.watch()

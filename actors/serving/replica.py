@@ -7,7 +7,8 @@ where Ray Serve asks: for routing twice a second, for autoscaling once.
 
 from __future__ import annotations
 
-import logging
+import atexit
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -27,8 +28,6 @@ from actors.serving.engine_metrics import EngineMetrics
 from raysys.serving.andes.routing import ReplicaLoad, load_from_dict
 
 STALE_S = 10.0
-
-logger = logging.getLogger("ray.serve")
 
 
 class QoEServer(LLMServer):  # type: ignore[misc]
@@ -84,10 +83,11 @@ def _own_settings(llm_config: Any) -> Path | None:
     additional = llm_config.engine_kwargs.get("additional_config")
     if not additional or KEY not in additional:
         return None
-    context = serve.get_replica_context()
-    name = f"raysys-andes-{context.replica_tag}.json"
-    default = str(Path(tempfile.gettempdir()) / name)
-    config = for_replica(read_arguments(additional), int(context.rank.rank), default)
+    number = int(serve.get_replica_context().rank.rank)
+    folder = tempfile.mkdtemp(prefix="raysys-andes-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    default = str(Path(folder) / "status.json")
+    config = for_replica(read_arguments(additional), number, default)
     own = {**additional, KEY: engine_arguments(config)["additional_config"][KEY]}
     llm_config.update_engine_kwargs(additional_config=own)
     return Path(str(config.status_file))

@@ -20,6 +20,7 @@ class Visit:
         ledger: the books.
         tenant: who is charged.
         tracker: the reader's score.
+        streamed: whether somebody reads as the text comes; other answers have no QoE.
         clock: monotonic seconds.
     """
 
@@ -29,6 +30,8 @@ class Visit:
         ledger: QoELedger,
         tenant: str,
         tracker: QoETracker,
+        *,
+        streamed: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.tracker = tracker
@@ -37,7 +40,9 @@ class Visit:
         self._tenant = tenant
         self._clock = clock
         self._open = True
-        ledger.live.add(tracker)
+        self._streamed = streamed
+        if streamed:
+            ledger.live.add(tracker)
 
     async def follow(self, chunks: Any) -> AsyncIterator[Any]:
         """Pass the chunks on; a failing stream ends with an error event instead of an exception."""
@@ -56,17 +61,13 @@ class Visit:
         finally:
             self.end(reason)
 
-    def end(self, reason: FinishReason, *, count: bool = True) -> None:
-        """Leave; a second call changes nothing.
-
-        Args:
-            count: False for an answer that was not streamed: nobody read it as it came.
-        """
+    def end(self, reason: FinishReason) -> None:
+        """Leave; a second call changes nothing."""
         if not self._open:
             return
         self._open = False
         now = self._clock()
         self._ledger.live.discard(self.tracker)
         self._gate.leave(self._tenant, now)
-        if count:
+        if self._streamed:
             self._ledger.finished(self._tenant, self.tracker.finish(now, reason), now)

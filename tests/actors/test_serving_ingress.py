@@ -28,7 +28,7 @@ with warnings.catch_warnings():
     from actors.serving.ingress import ENDPOINTS, QoEIngress
 
 from actors.serving.admission import AdmissionConfig
-from actors.serving.config import ServingConfig
+from actors.serving.config import EngineConfig, ServingConfig
 from actors.serving.ledger import QoELedger
 from raysys.config import config_to_dict
 from tests.jobs.serving_fuzz import fuzz_app
@@ -185,3 +185,27 @@ def test_the_schema_holds_under_fuzzing(served: Served) -> None:
     assert report.calls >= 40
     assert report.operations == len(served.app.openapi()["paths"])
     assert not report.failures, report.failures[:3]
+
+
+def test_only_streams_are_read_as_they_come(served: Served) -> None:
+    async def go() -> None:
+        async with served.client() as client:
+            await client.post("/v1/chat/completions", json=chat(stream=False))
+
+    asyncio.run(go())
+    assert not served.ingress.ledger.live
+    assert served.ingress.ledger.totals == {}
+    assert served.ingress.gate.inflight.total() == 0
+
+
+def test_stock_vllm_has_one_order_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = Served(ServingConfig(engine=EngineConfig(policy="vllm")), monkeypatch)
+
+    async def go() -> list[int]:
+        async with stock.client() as client:
+            return [
+                (await client.post("/qoe/bursts", json={"policy": policy, "chats": 1})).status_code
+                for policy in ("andes", "fcfs")
+            ]
+
+    assert asyncio.run(go()) == [422, 202]
