@@ -180,8 +180,11 @@ class VennDevices:
     def leave(self) -> None:
         """Leave the service; may be called twice."""
         loop, self._loop = self._loop, None
-        if loop is not None:
+        if loop is None:
+            return
+        try:
             asyncio.run_coroutine_threadsafe(self._finish(), loop).result()
+        finally:
             loop.call_soon_threadsafe(loop.stop)
             assert self._thread is not None
             self._thread.join()
@@ -281,13 +284,14 @@ class VennDevices:
             await job.close_round(ticket.round_id, success, answers=len(answered))
 
     async def _finish(self) -> None:
-        if self._ticket is not None:
-            await self._leave(set(), success=False)
-        if self._fleet is not None:
+        fleet, self._fleet = self._fleet, None
+        if fleet is None:
+            return
+        try:
             async with self._job() as job:
-                await job.finish()
-            await self._fleet.close()
-            self._fleet = None
+                await job.finish()  # its open round ends with it
+        finally:
+            await fleet.close()
 
 
 def _play(
