@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jobs.bench.federated.against_engines import vs_flower, vs_pfl
 from jobs.bench.federated.exact import equal_to_loop, fedavg_reference, population_free
 from jobs.bench.federated.on_ray import (
     LOCAL,
@@ -151,5 +152,7 @@ CLAIMS = {
     "workers_equal": workers_equal,
     "population_free": population_free,
     "memory_flat": memory_flat,
+    "vs_flower": vs_flower,
+    "vs_pfl": vs_pfl,
     "fedavg_reference": fedavg_reference,
 }

@@ -37,14 +37,19 @@ def digits_population(n_clients: int, n_samples: int, seed: int = 0) -> Populati
 
 @contextlib.contextmanager
 def federated_run(
-    clients_per_round: int, workers: int, population: int = 1000, slice_s: float = 1.0
+    clients_per_round: int,
+    workers: int,
+    population: int = 1000,
+    slice_s: float = 1.0,
+    spec: ModelSpec = SPEC,
+    image: bool = False,
 ) -> Iterator[FederatedRun]:
     """The digits job on a Ray cluster: the one that runs, or a private one for this claim."""
     session = None if ray.is_initialized() else Session.start(SessionConfig(address="local"))
-    data: FederatedData = load_digits_data(0)
+    data: FederatedData = load_digits_data(0, image)
     recipe = FederatedConfig(seed=0, clients_per_round=clients_per_round, local=LOCAL)
     clients = digits_population(population, len(data.targets))
-    run = FederatedRun(recipe, data, clients, SPEC, workers=workers, worker_cpus=0, slice_s=slice_s)
+    run = FederatedRun(recipe, data, clients, spec, workers=workers, worker_cpus=0, slice_s=slice_s)
     try:
         yield run
     finally:
