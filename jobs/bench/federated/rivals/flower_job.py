@@ -60,7 +60,7 @@ def kept(path: str, kind: str) -> tuple[Any, Any, Any, nn.Module]:
     return found
 
 
-@client_app.train()
+@client_app.train()  # type: ignore[untyped-decorator]
 def train(message: Message, context: Context) -> Message:
     """One local epoch of plain SGD."""
     settings = message.content["config"]
@@ -98,7 +98,7 @@ def tree_cpu_s() -> float:
     return total
 
 
-@server_app.main()
+@server_app.main()  # type: ignore[untyped-decorator]
 def serve(grid: Grid, context: Context) -> None:
     """FedAvg over a tenth of the nodes a round; no evaluation on clients."""
     del context
