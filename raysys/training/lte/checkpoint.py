@@ -123,6 +123,25 @@ def read_config(folder: Path) -> dict[str, Any]:
     return value
 
 
+def set_entry(folder: Path, **values: Any) -> None:
+    """Change keys of the ``lte`` entry of a checkpoint's ``config.json``, in one step.
+
+    Raises:
+        StorageError, LTECheckpointError: it cannot be read or written, or is a dense model.
+    """
+    config = read_config(folder)
+    if not isinstance(config.get("lte"), dict):
+        raise LTECheckpointError(str(folder), "is a dense model", "Convert it: raysys lte convert")
+    config["lte"] |= values
+    partial = folder / ".config.json.part"
+    try:
+        partial.write_text(json.dumps(config, indent=2) + "\n")
+        os.replace(partial, folder / "config.json")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(str(folder), reason, "Make the folder writable") from error
+
+
 def load_dense(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Load a dense model folder with the class that its configuration names.
 

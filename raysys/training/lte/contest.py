@@ -50,6 +50,7 @@ class ContestConfig:
         base_steps, base_lr: of the dense model from scratch.
         steps, lr: of every method afterwards; LTE's two stages share the steps.
         stage1: share of LTE's steps in stage 1.
+        stage2_rate: factor on the rate in stage 2, whose short schedule would start with a jump.
         sparsity: FFN sparsity of every method.
         eta: where the target controller starts; lam, lam_schedule, router_init, grouping as LTE's.
         distil: share of the distillation loss, from the dense model tuned for ``steps``.
@@ -67,7 +68,8 @@ class ContestConfig:
     base_lr: float = 2e-3
     steps: int = 240
     lr: float = 5e-4
-    stage1: float = 0.6
+    stage1: float = 0.8
+    stage2_rate: float = 0.1
     sparsity: float = 0.62
     eta: float = 0.03
     lam: float = 0.05
@@ -179,7 +181,12 @@ class Contest:
         land(sparse, self._sample()[:4], config.sparsity)
         switched = evaluate(sparse, self.test, mode="hard").nll
         # Stage 2 sees other data than stage 1: the sampler goes on where stage 1 ended.
-        two = self._options(stage=2, steps=config.steps - first, distil=config.distil)
+        two = self._options(
+            stage=2,
+            steps=config.steps - first,
+            distil=config.distil,
+            lr=config.lr * config.stage2_rate,
+        )
         second = Stage(sparse, _Later(self.train, first), two, teacher=teacher)
         second.run(on_step=self.on_step)
         found = evaluate(sparse, self.test, mode="hard")
@@ -277,9 +284,8 @@ class Contest:
         return self._tuned[activation]
 
     def _options(self, **changes: Any) -> StageConfig:
-        return StageConfig(
-            batch=self.config.batch, lr=self.config.lr, seed=1 + self.seed, **changes
-        )
+        common = {"lr": self.config.lr, "batch": self.config.batch, "seed": 1 + self.seed}
+        return StageConfig(**{**common, **changes})
 
     def _convert_config(self) -> ConvertConfig:
         return ConvertConfig(

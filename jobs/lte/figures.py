@@ -1,0 +1,65 @@
+"""Figures and reports of LTE: quality against sparsity, layers, training curves, latency."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from raysys.report import Section, new_figure, render_page
+from raysys.runs import RunDirectory
+
+
+def tradeoff_figure(points: Sequence[tuple[str, float, float]]) -> Any:
+    """One labelled point per model: FFN sparsity and held-out nats."""
+    figure, axes = new_figure()
+    for name, sparsity, nats in points:
+        axes.plot([sparsity], [nats], marker="o", linestyle="", markersize=6)
+        axes.annotate(name, (sparsity, nats), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.margins(x=0.15, y=0.15)
+    axes.set_xlabel("FFN sparsity")
+    axes.set_ylabel("held-out nats")
+    return figure
+
+
+def layer_figure(layers: Mapping[str, Sequence[float]]) -> Any:
+    """Sparsity of each layer, one line per model."""
+    figure, axes = new_figure()
+    for name, values in layers.items():
+        axes.plot(range(len(values)), values, marker="o", markersize=4, label=name)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("share of experts off")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def curve_figure(curve: Sequence[Mapping[str, Any]]) -> Any:
+    """Held-out nats and sparsity over steps, one above the other."""
+    figure, axes = new_figure(2, 1, height=4.6)
+    steps = [row["step"] for row in curve]
+    for axis, key, label in zip(axes, ("nll", "sparsity"), ("held-out nats", "FFN sparsity")):
+        axis.plot(steps, [row[key] for row in curve], marker="o", markersize=4)
+        axis.set_ylabel(label)
+    axes[1].set_xlabel("optimizer step")
+    return figure
+
+
+def latency_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Time of the sparse FFN over the dense one's, by sparsity, one line per batch size."""
+    figure, axes = new_figure()
+    for tokens in sorted({row["tokens"] for row in rows}):
+        mine = sorted((r for r in rows if r["tokens"] == tokens), key=lambda r: r["sparsity"])
+        label = f"{tokens} token{'s' if tokens > 1 else ''}"
+        axes.plot([r["sparsity"] for r in mine], [1 / r["speedup"] for r in mine], marker="o",
+                  markersize=4, label=label)  # fmt: skip
+    axes.plot([0, 1], [1, 0], linestyle="--", linewidth=1, color="#8a8f98", label="proportional")
+    axes.set_xlabel("FFN sparsity")
+    axes.set_ylabel("time, share of torch's dense FFN")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def save_report(run: RunDirectory, title: str, lead: str, sections: Sequence[Section]) -> None:
+    """Write ``report.html`` into a run directory."""
+    run.storage.write("report.html", render_page(title, lead, sections).encode())
