@@ -317,13 +317,13 @@ class SchedulerCore:
         return silent or now_s - job.registered_s > self.config.job_max_life_s
 
     def _tick_round(self, job: JobState, opened: RoundState, now_s: float) -> None:
-        due = [entry for entry in opened.returns if entry[0] <= now_s]
+        due = [entry for entry in opened.returns if entry.back_s <= now_s]
         if due:
-            opened.returns = [entry for entry in opened.returns if entry[0] > now_s]
-            for _, unknown, live in due:
+            opened.returns = [entry for entry in opened.returns if entry.back_s > now_s]
+            for entry in due:
                 # Assigned or not, their leases are over: unknown ones go back to the demand.
-                opened.lost -= unknown
-                opened.settled_failed += live
+                opened.lost -= entry.unknown
+                opened.settled_failed += entry.live
             opened.filled = False
             self.state.dirty = True
         if not opened.expired and now_s >= opened.opened_s + opened.deadline_s:
@@ -369,7 +369,7 @@ class SchedulerCore:
 
 def _due(opened: RoundState, now_s: float) -> bool:
     late = not opened.expired and now_s >= opened.opened_s + opened.deadline_s
-    return late or any(entry[0] <= now_s for entry in opened.returns)
+    return late or any(entry.back_s <= now_s for entry in opened.returns)
 
 
 def _whole(command: Command, name: str, low: int, high: int) -> int:

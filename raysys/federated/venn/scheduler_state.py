@@ -72,6 +72,19 @@ class ServiceConfig:
 
 
 @dataclass(slots=True)
+class LostGrant:
+    """What a dead gateway may have assigned to a round, and when all of that is over.
+
+    ``unknown`` devices were never reported; ``live`` ones had leases at the last report.
+    """
+
+    gateway: str
+    back_s: float
+    unknown: int
+    live: int
+
+
+@dataclass(slots=True)
 class RoundState:
     """One open round; ``extra`` counts devices that the job asked for on top.
 
@@ -97,7 +110,7 @@ class RoundState:
     settled_spent: int = 0
     settled_failed: int = 0
     lost: int = 0
-    returns: list[tuple[float, int, int]] = field(default_factory=list)
+    returns: list[LostGrant] = field(default_factory=list)
     classes: int = ALL_CLASSES
     filled_s: float = 0.0
     answers: list[tuple[int, float]] = field(default_factory=list)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from raysys.errors import ConfigError
-from raysys.federated.venn.scheduler_state import GatewayState, JobState, RoundState
+from raysys.federated.venn.scheduler_state import GatewayState, JobState, LostGrant, RoundState
 
 if TYPE_CHECKING:
     from raysys.federated.venn.scheduler import SchedulerCore
@@ -22,8 +22,10 @@ def join(core: SchedulerCore, command: Command) -> Reply:
     known = core.state.gateways.get(name)
     if known is not None and known.incarnation == incarnation:
         return {}
+    now_s = float(command["now"])
     if known is not None:
-        bury(core, name, float(command["now"]), fence_s=0.0)
+        bury(core, name, now_s, fence_s=0.0)
+    _lift_fences(core, name, now_s)
     core.state.gateways[name] = GatewayState(incarnation)
     core.state.dirty = True
     return {}
@@ -136,5 +138,15 @@ def bury(core: SchedulerCore, name: str, now_s: float, fence_s: float) -> None:
         live = grant.spent - grant.done - grant.failed
         opened.lost += unknown
         back_s = now_s + core.config.report_interval_s + opened.lease_s + fence_s
-        opened.returns.append((back_s, unknown, live))
+        opened.returns.append(LostGrant(name, back_s, unknown, live))
     core.state.dirty = True
+
+
+def _lift_fences(core: SchedulerCore, name: str, now_s: float) -> None:
+    """A new incarnation proves that the old one has stopped: its last leases started by now."""
+    for job in core.rounds.values():
+        if job.open is not None:
+            latest_s = now_s + core.config.report_interval_s + job.open.lease_s
+            for entry in job.open.returns:
+                if entry.gateway == name:
+                    entry.back_s = min(entry.back_s, latest_s)

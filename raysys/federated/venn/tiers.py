@@ -8,9 +8,9 @@ earlier unrestricted rounds.
 Where we differ: a tier is a run of *capability classes*, a fixed fine grid over the population's
 expected task time, so that one plan serves jobs with different tier bounds; the last 2,048 response
 times are kept instead of a digest; estimates from restricted rounds are scaled back (``/ V``,
-``/ g_u``) before they enter the averages, or the rule would feed on its own effect; and the deadline
-test takes the longer of ``D / |S|`` and the filling time that was observed, since under contention a
-job gets only a part of ``S`` (the ideal time alone lets more rounds miss their deadlines).
+``/ g_u``) before they enter the averages, or the rule would feed on its own effect; and the
+deadline test takes the longer of ``D / |S|`` and the filling time that was observed, since under
+contention a job gets only a part of ``S`` (the ideal time alone lets more rounds miss it).
 """
 
 from __future__ import annotations

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from raysys.errors import ConfigError, DataError, RaysysError
-from raysys.federated.venn.capability import UNKNOWN, capability_classes
-from raysys.federated.venn.gateway import DONE, GatewayCore
+from raysys.federated.venn.capability import capability_classes
+from raysys.federated.venn.gateway import GatewayCore
 from raysys.federated.venn.gateway_plan import GatewayConfig, GatewayPlan, GatewayRound
 from raysys.federated.venn.scheduler import SchedulerCore
 from raysys.federated.venn.scheduler_state import ServiceConfig
@@ -369,110 +368,6 @@ def test_impossible_demand_is_announced_and_blocks_nobody() -> None:
     easy = core.state.jobs["easy"].open
     assert easy is not None
     assert easy.grants["g"].limit == 10
-
-
-class Tiered:
-    """One gateway, one job with two kinds of phones; whoever checks in answers in its own time."""
-
-    def __init__(self) -> None:
-        self.core = SchedulerCore(ServiceConfig(tiers=2, fence_s=1e9))
-        self.gateway = GatewayCore("g", 1)
-        self.now_s, self.device, self.sequence = 0.0, 0, 0
-        self.apply(op="register", job_id="j", requirement={}, rounds=100)
-        self.apply(op="register", job_id="next", requirement={}, rounds=10**6)
-        self.apply(op="join", gateway="g", incarnation=1)
-
-    def apply(self, **command: object) -> dict[str, object]:
-        return self.core.apply({**command, "now": self.now_s})
-
-    def deliver(self) -> None:
-        self.apply(op="plan")
-        self.gateway.adopt(plan_for(self.core, "g"))
-        self.gateway.heard(self.now_s)
-
-    def check_in(self, speeds: list[float] | None, count: int = 40) -> npt.NDArray[np.int32]:
-        numbers = range(self.device, self.device + count)
-        self.device += count
-        columns = [np.full(count, value, dtype="<f4").tobytes() for value in VALUES[2]]
-        told = np.asarray(speeds or [], dtype="<f4")
-        offers = self.gateway.check_in(
-            b"".join(number.to_bytes(16, "big") for number in numbers),
-            columns,
-            self.now_s,
-            told.tobytes(),
-            (1 / told).tobytes(),
-        )
-        self.leases, self.speeds = offers.leases, told
-        return offers.slots
-
-    def report(self) -> None:
-        usage = self.gateway.usage()
-        self.sequence += 1
-        answers = [
-            [key, [kind for kind, _ in rows], [time_s for _, time_s in rows]]
-            for key, rows in usage.answers.items()
-        ]
-        self.apply(
-            op="report",
-            gateway="g",
-            incarnation=1,
-            sequence=self.sequence,
-            rounds=usage.rounds,
-            checkins=list(usage.checkins.items()),
-            answers=answers,
-        )
-
-    def round(self) -> None:
-        """Open, fill in a second, answer after 20 s (fast) and 200 s (slow), close."""
-        ticket = self.apply(op="open", job_id="j", demand=40, deadline_s=600)
-        self.deliver()
-        self.now_s += 1.0
-        self.check_in([0.3, 3.0] * 20)
-        self.report()
-        for speed, wait_s in ((0.3, 19.0), (3.0, 180.0)):
-            self.now_s += wait_s
-            done = (self.leases > 0) & np.isclose(self.speeds, speed)
-            self.gateway.release(self.leases[done], bytes(int(done.sum()) * [DONE]), self.now_s)
-        self.report()
-        self.apply(op="close", job_id="j", round_id=ticket["round_id"], success=True, answers=40)
-
-
-def test_live_tier_matching_learns_restricts_and_survives_a_snapshot() -> None:
-    live = Tiered()
-    live.round()
-    live.round()
-    restricted, already = 0, live.core.matcher.restricted
-    for _ in range(12):
-        ticket = live.apply(op="open", job_id="j", demand=10, deadline_s=600)
-        live.apply(op="open", job_id="next", demand=1000, deadline_s=600)
-        live.deliver()
-        opened = live.core.state_of(int(str(ticket["round_id"])))
-        again = SchedulerCore(live.core.config)
-        again.load(live.core.dump())
-        assert again.dump() == live.core.dump()
-        assert again.matcher.restricted == live.core.matcher.restricted
-        slots = live.check_in([0.3, 3.0] * 20)
-        assert (slots >= 0).all()  # the next job takes what a restricted round leaves
-        if opened.classes != -1:
-            restricted += 1
-            mine = live.speeds[slots == 0]
-            assert len(set(mine.tolist())) == 1
-            assert live.check_in(None, count=3).tolist() == [1, 1, 1]  # speed unknown: not for it
-        for job_id in ("j", "next"):
-            round_id = live.core.state.jobs[job_id].open.round_id  # type: ignore[union-attr]
-            live.apply(op="close", job_id=job_id, round_id=round_id, success=False, answers=0)
-    assert 0 < restricted < 12  # the slow tier gains nothing, and is drawn half of the time
-    assert live.core.matcher.restricted == already + restricted
-
-
-def test_bad_speeds_are_refused_and_unknown_ones_are_a_class() -> None:
-    live = Tiered()
-    live.deliver()
-    for speeds in ([1.0], [0.0] * 4, [float("nan")] * 4):
-        with np.errstate(divide="ignore"), pytest.raises(ConfigError, match="compute"):
-            live.check_in(speeds, count=4)
-    assert capability_classes(np.full(1, 1e-6), np.full(1, 1e6)).tolist() == [0]
-    assert capability_classes(np.full(1, 1e6), np.full(1, 1e-6)).tolist() == [UNKNOWN - 1]
 
 
 def test_ten_thousand_jobs_open_at_the_same_instant() -> None:
