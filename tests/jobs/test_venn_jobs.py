@@ -55,6 +55,7 @@ def test_kills_under_load_never_over_assign_and_the_log_replays(
     assert report.over_assigned == 0
     assert 0 < report.most_live <= config.demand
     assert report.assigned > config.demand
+    assert report.least_refilled > 0.8  # no lease is lost for good
     assert report.jobs_after == config.jobs
     folder = Path(service.schedulers[0].config["folder"])
     first, second = Replica(folder, SchedulerCore()), Replica(folder, SchedulerCore())
