@@ -1,7 +1,7 @@
 """Other processes on this host: a pinned duty-cycle burner, and an owner who draws frames.
 
-Each is ``python -m jobs.bench.swan.loads KIND ...`` in a process of its own, started by
-:func:`burner` and :func:`frames`.
+Each is this file, run as a script in a process of its own by :func:`burner` and :func:`frames`; it
+needs the standard library alone, so that it is up at once.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from raysys import machine
 
 PERIOD_S = 1 / 60
 BURN_CYCLE_S = 0.005
@@ -55,8 +53,8 @@ def frames(path: Path, on_s: float, off_s: float, share: float = 0.4) -> Iterato
 
 
 def _start(*arguments: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "jobs.bench.swan.loads", *arguments]
-    return subprocess.Popen(command, cwd=machine.app_root(), stdout=subprocess.PIPE)
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE)
 
 
 def _line(process: subprocess.Popen[bytes]) -> bytes:

@@ -74,6 +74,8 @@ def run(context: StageContext) -> StageResult:
 def migrate(before_s: float, owner_s: float, after_s: float) -> Migration:
     """Train under Swan; for ``owner_s`` in the middle, a process pinned to our core wants it."""
     found = Migration()
+    training = Training("ResNet")
+    training.step()  # what torch loads at the first step is not part of the story
     started_s = time.monotonic()
 
     def note(event: dict[str, Any]) -> None:
@@ -81,7 +83,6 @@ def migrate(before_s: float, owner_s: float, after_s: float) -> Migration:
             where = f"{event['target']} on cores {event.get('cores', [])}"
             found.moves.append((event["at_s"] - started_s, where, event["reason"]))
 
-    training = Training("ResNet")
     policy = Policy(exploration=ExplorationConfig(min_s=0.2))
     with (
         Swan(EngineConfig(policy=policy), on_event=note) as swan,

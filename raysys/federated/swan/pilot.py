@@ -223,10 +223,11 @@ class Pilot:
 
     def _guard_exploration(self, now_s: float, level: Level) -> Change | None:
         """The owner came back while we measure: stop measuring and go on with what is known."""
-        if level == Level.NONE or not any(self.profile.seen(c) for c in self.profile.usable()):
+        if level == Level.NONE:
             return None
-        if self._to_verify:
-            return None
+        known = any(self.profile.seen(choice) for choice in self.profile.usable())
+        if self._to_verify or not known:
+            return self._sidestep(level)
         self.explorer.current = None
         self._rebuild(now_s)
         change = self._decide(now_s, level, step_end=False)
