@@ -18,6 +18,7 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 NONE = -1
 LOWEST, HIGHEST = -10.0, 1.0
+MOST_PLACEMENTS = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +119,13 @@ class AffinityTable:
         rows = self._make(clients, round_id)
         self._placed[rows] = np.minimum(self._placed[rows], 254) + 1
 
+    def exhaust(self, clients: IntArray, placements: int) -> None:
+        """Let clients that an anchor has placed count as placed as often as is allowed."""
+        rows = self._row_of[clients]
+        rows = rows[rows >= 0]
+        known = self._placed[rows] > 0
+        self._placed[rows[known]] = placements
+
     def settle(self, clients: IntArray) -> None:
         """Forget how often clients were placed: they are at home, and may drift again."""
         rows = self._row_of[clients]
@@ -144,16 +152,25 @@ class AffinityTable:
         """Forget every label of a cohort."""
         self._label[:, cohort] = NONE
 
-    def inherit(self, cohort: int, children: list[int]) -> None:
+    def refused_share(self, cohort: int, label: int) -> float:
+        """Share of a part's clients that the whole cohort has tried and not accepted."""
+        mine = self._label[:, cohort] == label
+        refused = mine & self._tried[:, cohort] & (self._reward[:, cohort] < 0)
+        return float(refused.sum() / max(int(mine.sum()), 1))
+
+    def inherit(self, cohort: int, children: list[int], fresh: list[int]) -> None:
         """Rewards of a split: R of the parent, and for labelled clients 0.1 more in their part.
 
         A labelled client belongs to its part even where the whole had refused it: it is the
-        newcomers' own part then (ours; the printed rule adds 0.1 to whatever R was).
+        newcomers' own part then. To the other parts nobody belongs yet, and a client without a
+        label to none. Parts in ``fresh`` are new to everybody: what the cohort refused may be
+        just what they are. (Ours; the printed rule gives everybody R in every part.)
         """
         own, label = self._reward[:, cohort], self._label[:, cohort]
         for place, child in enumerate(children):
-            mine = label == place
-            self._reward[:, child] = np.where(mine, np.maximum(own, 0) + 0.1, own)
+            mine = np.maximum(own, 0) + 0.1
+            other = np.zeros_like(own) if child in fresh else np.minimum(own, 0)
+            self._reward[:, child] = np.where(label == place, mine, other)
 
     def absorb(self, cohort: int, into: int) -> None:
         """Rewards of a merge: the better of the two."""

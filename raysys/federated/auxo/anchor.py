@@ -15,25 +15,48 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raysys.federated.auxo.clustering import nearest
+from raysys.federated.auxo.clustering import NONE, nearest
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+REACH = 2.5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AnchorView:
-    """One model's part: mean sketch [D], basis [D, d], and centroids of the parts [K, d]."""
+    """One model's part: mean sketch [D], basis [D, d], centroids of the parts [K, d], and how far
+    from them their own clients usually are, [K]."""
 
     mean: FloatArray
     basis: FloatArray
     centroids: FloatArray
+    reach: FloatArray
 
     def place(self, sketch_nD: FloatArray) -> IntArray:
-        """Part of each update."""
+        """Part of each update; NONE for one that is beyond the reach of the nearest."""
         centred = sketch_nD - self.mean
         length = np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
-        return nearest((centred / length) @ self.basis, self.centroids)
+        points = (centred / length) @ self.basis
+        found = nearest(points, self.centroids)
+        gap = np.linalg.norm(points - self.centroids[found], axis=1)
+        return np.where(gap <= self.reach[found], found, NONE)
+
+
+def anchor_view(
+    sketch_nD: FloatArray,
+    units_nD: FloatArray,
+    labels_n: IntArray,
+    basis: FloatArray,
+    parts: int,
+) -> AnchorView:
+    """What a round's labelled updates leave behind; every part must have some."""
+    points = units_nD @ basis
+    centroids = np.stack([points[labels_n == part].mean(axis=0) for part in range(parts)])
+    gaps = [
+        np.linalg.norm(points[labels_n == part] - centroids[part], axis=1) for part in range(parts)
+    ]
+    reach = np.array([REACH * np.median(gap) for gap in gaps])
+    return AnchorView(sketch_nD.mean(axis=0), basis.copy(), centroids, reach)
 
 
 @dataclasses.dataclass(slots=True)

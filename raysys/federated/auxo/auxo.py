@@ -65,7 +65,6 @@ class Auxo:
         self._quotas = Quotas({}, 0, 0)
         self._placed: dict[int, tuple[int, int, bool]] = {}
         self._sums: dict[int, ModelSum] = {}
-        self._active: dict[int, float] = {}
 
     @property
     def tree(self) -> CohortTree:
@@ -92,10 +91,9 @@ class Auxo:
         self._sums.clear()
         needs = [d for leaf in self.tree.leaves for d in self.forest.line(leaf).demand(round_id)]
         n = self.forest.facts.population.n_clients
-        self._active = self.members()
-        self._quotas = make_quotas(
-            self._active, self.clients_per_round, self.config.p_min, self.config.budget, n
-        )
+        budget, p_min = self.config.budget, self.config.p_min
+        expected = self.forest.expected()
+        self._quotas = make_quotas(expected, self.clients_per_round, p_min, budget, n)
         weakest = min(needs, key=lambda d: d.min_mac_s)
         return [
             Demand(
@@ -186,7 +184,8 @@ class Auxo:
         leaves = np.array(self.tree.leaves, dtype=np.int64)
         rewards, none = self.table.rewards(clients)[:, leaves], np.zeros(len(clients))
         seed = self.forest.facts.seed
-        first, _, _ = rank_leaves(rewards, none, 0, none > 0, clients, seed, 0)
+        nowhere = np.zeros(len(clients), dtype=np.int64)
+        first, _, _ = rank_leaves(rewards, none, nowhere, none > 0, clients, seed, 0)
         return leaves[first]
 
     def explain_split(self, leaf: int) -> SplitReport | None:
@@ -268,11 +267,10 @@ class Auxo:
         alone = len(leaves) == 1
         blocked = self.table.blocked(clients)
         member = (rewards > 0) & ~blocked[:, None] if not alone else ~blocked[:, None]
-        tried = self.table.tried(clients)[:, leaves]
-        homeless = ((rewards < 0) & tried).all(axis=1) & np.full(len(clients), not alone)
+        homeless = self.forest.homeless(clients, leaves)
         eps = [self._exploration(round_id, int(leaf)) for leaf in leaves]
         explore = np.array(eps)[rewards.argmax(axis=1)] if not alone else np.zeros(len(clients))
-        nursery = int(np.argmax([self._active.get(int(leaf), 0.0) for leaf in leaves]))
+        nursery = np.searchsorted(leaves, self.forest.nursery(clients))
         seed = self.forest.facts.seed
         ranked = rank_leaves(rewards, explore, nursery, homeless, clients, seed, round_id)
         self.explored += int((ranked[0] != rewards.argmax(axis=1)).sum()) if not alone else 0

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raysys.federated.auxo.affinity import AffinityTable
-from raysys.federated.auxo.anchor import Anchor, AnchorView
+from raysys.federated.auxo.anchor import Anchor, anchor_view
 from raysys.federated.auxo.clustering import (
     kmeans,
     leave_one_out,
@@ -149,10 +149,7 @@ class Cohort:
             raw = self._config.rules.features == "raw"
             whole = np.eye(unit.shape[1])
             basis = whole if raw else self._spaces[view.model].basis(self.parts)
-            points = unit @ basis
-            centroids = [points[labels == part].mean(axis=0) for part in range(self.parts)]
-            mean = view.sketch.mean(axis=0)
-            views[view.model] = AnchorView(mean, basis.copy(), np.stack(centroids))
+            views[view.model] = anchor_view(view.sketch, unit, labels, basis, self.parts)
         return Anchor(self.line, views)
 
     def decide(

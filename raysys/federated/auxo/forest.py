@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raysys.errors import ConfigError
-from raysys.federated.auxo.affinity import AffinityTable
+from raysys.federated.auxo.affinity import MOST_PLACEMENTS, AffinityTable
 from raysys.federated.auxo.anchor import Anchor, views_from
 from raysys.federated.auxo.cohort import Cohort, SplitReport
 from raysys.federated.auxo.config import AuxoConfig
@@ -19,7 +19,7 @@ from raysys.federated.core.aggregation import ClientTable
 from raysys.federated.core.messages import IntArray
 from raysys.federated.core.strategy import JobFacts, StateArrays, Strategy
 
-MOST_PLACEMENTS = 2
+MILD = -0.3
 
 
 class Forest:
@@ -36,6 +36,8 @@ class Forest:
         self.anchors: dict[int, Anchor] = {}
         self.reports: dict[int, SplitReport] = {}
         self.events: list[dict[str, Any]] = []
+        self.gathering = -1
+        self.foundlings: list[int] = []
         self._make_inner = make_inner
         self._table: AffinityTable | None = None
         self._facts: JobFacts | None = None
@@ -70,6 +72,46 @@ class Forest:
         """The strategy that trains a cohort's models, or trained an inner node's."""
         return self.cohorts[number].line
 
+    def homeless(self, clients: IntArray, leaves: IntArray) -> npt.NDArray[np.bool_]:
+        """Which clients fit no leaf: none accepts them, and anchors (or all leaves) were tried."""
+        rewards = self.table.rewards(clients)[:, leaves]
+        unfit = np.asarray((rewards <= 0).all(axis=1))
+        if len(leaves) == 1:
+            unfit[:] = False
+        elif self.anchors and self.config.rules.anchors:
+            unfit &= self.table.placements(clients) >= MOST_PLACEMENTS
+        else:
+            unfit &= self.table.tried(clients)[:, leaves].all(axis=1)
+        return unfit
+
+    def nursery(self, clients: IntArray) -> IntArray:
+        """Leaf where each client goes if no leaf wants it, so that such clients can become a part.
+
+        A part that was born of such clients, unless it has refused the client clearly; else the
+        largest leaf, and the same one until it splits: scattered over the leaves they would split
+        off several times.
+        """
+        if self.gathering not in self.tree.leaves:
+            active = self.members()
+            self.gathering = max(active, key=lambda leaf: (active[leaf], -leaf))
+        found = np.full(len(clients), self.gathering, dtype=np.int64)
+        tried, rewards = self.table.tried(clients), self.table.rewards(clients)
+        for leaf in self.foundlings:
+            if leaf in self.tree.leaves:
+                found[~tried[:, leaf] | (rewards[:, leaf] > MILD)] = leaf
+        return found
+
+    def expected(self) -> dict[int, float]:
+        """Clients that a leaf must have places for: its members, and those who have to try it."""
+        found = self.members()
+        leaves = np.array(self.tree.leaves, dtype=np.int64)
+        if len(leaves) > 1:
+            clients = self.table.state()["clients"]
+            lost = clients[self.homeless(clients, leaves)]
+            for leaf, count in zip(*np.unique(self.nursery(lost), return_counts=True)):
+                found[int(leaf)] += float(count)
+        return found
+
     def members(self) -> dict[int, float]:
         """Clients whose best leaf accepts them, by leaf; before the first split, all seen."""
         leaves = self.tree.leaves
@@ -84,7 +126,7 @@ class Forest:
         """Cohort whose anchor each client is to train, -1 for those that go to a leaf.
 
         An anchor places a client without a leaf, and once more one that its leaf has refused; after
-        that the client belongs to no known part and looks for itself.
+        that the client belongs to no known part.
         """
         found = np.full(len(clients), -1, dtype=np.int64)
         if not self.anchors or not self.config.rules.anchors:
@@ -102,7 +144,10 @@ class Forest:
     def place_newcomers(
         self, round_id: int, table: ClientTable, number: int, rows: IntArray, models: IntArray
     ) -> None:
-        """Label clients that trained an anchor; they are members of their part from now on."""
+        """Label clients that trained an anchor; they are members of their part from now on.
+
+        A client that is like no part gets none, and another try.
+        """
         anchor = self.anchors[number]
         children = np.array(self.tree.nodes[number].children, dtype=np.int64)
         for model in np.unique(models).tolist():
@@ -115,7 +160,8 @@ class Forest:
             self.table.set_labels(clients, number, labels, round_id)
             self.table.note_placement(clients, round_id)
             rewards = np.minimum(self.table.rewards(clients), 0.0)
-            rewards[np.arange(len(part)), children[labels]] = 0.1
+            found = np.flatnonzero(labels >= 0)
+            rewards[found, children[labels[found]]] = 0.1
             self.table.set_rewards(clients, rewards, round_id)
 
     def consider_split(self, round_id: int, cohort: Cohort) -> Anchor | None:
@@ -134,8 +180,14 @@ class Forest:
     def split(self, round_id: int, cohort: Cohort, anchor: Anchor) -> None:
         """Children start from the weights and optimiser of the cohort, after its server step."""
         children = self.tree.split(cohort.number, cohort.parts, round_id + 1)
+        fresh = [
+            child
+            for place, child in enumerate(children)
+            if self.table.refused_share(cohort.number, place) > 0.5
+        ]
+        self.foundlings += fresh
         self.table.add_cohorts(len(children))
-        self.table.inherit(cohort.number, children)
+        self.table.inherit(cohort.number, children, fresh)
         for child in children:
             self.add_cohort(child, self.copy_of(cohort.line), round_id + 1)
         evidence = plain(self.reports[cohort.number])
@@ -212,6 +264,7 @@ class Forest:
             parts |= {f"anchor{number}.{name}": value for name, value in anchor.state().items()}
         return {
             **parts,
+            "gathering": np.array([self.gathering, *self.foundlings], dtype=np.int64),
             "anchors": np.array(list(self.anchors), dtype=np.int64),
             "cohorts": np.array(list(self.cohorts), dtype=np.int64),
         }
@@ -228,6 +281,7 @@ class Forest:
             line.load(strip(state, f"cohort{number}.line."))
             self.add_cohort(number, line, 0)
             self.cohorts[number].load(strip(state, f"cohort{number}."))
+        self.gathering, *self.foundlings = (int(n) for n in state["gathering"])
         for number in state["anchors"].tolist():
             views = views_from(strip(state, f"anchor{number}."))
             self.anchors[number] = Anchor(self.line(number), views)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from raysys.federated.auxo.affinity import AffinityTable
+from raysys.federated.auxo.affinity import MOST_PLACEMENTS, AffinityTable
 from raysys.federated.auxo.cohort import Cohort, View
 from raysys.federated.auxo.config import AuxoConfig
 from raysys.federated.auxo.rewards import Feedback, feedback, updated_rewards
@@ -18,7 +18,7 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 FAR_QUANTILE, FAR_NEEDED = 0.99, 64
 REJECTED_SHARE, REOPEN_AFTER = 0.35, 20
-SETTLED = 0.15
+STRANGE = -0.5
 
 
 class Observer:
@@ -67,7 +67,10 @@ class Observer:
                 self._config.rules,
             )  # fmt: skip
             self._table.set_rewards(clients, after, round_id)
-            self._table.settle(clients[after[:, cohort.number] > SETTLED])
+            self._table.settle(clients[found.reward > 0])
+            # Sent here by an anchor and far from all members: it is of no part that we know.
+            strangers = clients[found.reward < STRANGE]
+            self._table.exhaust(strangers, MOST_PLACEMENTS)
             self._watch(round_id, cohort, found, member)
             self._judge(round_id, cohort, clients, found, member)
         cohort.observe(round_id, views, self._table)

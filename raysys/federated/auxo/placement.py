@@ -20,6 +20,7 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 SMALL_GAP = 0.1
 DECLINED = -1
+GATHER = 0.8
 
 
 @dataclasses.dataclass(slots=True)
@@ -104,7 +105,7 @@ def make_quotas(
 def rank_leaves(
     rewards_kQ: FloatArray,
     explore_k: FloatArray,
-    nursery: int,
+    nursery_k: IntArray,
     homeless_k: BoolArray,
     clients_k: IntArray,
     seed: int,
@@ -114,10 +115,12 @@ def rank_leaves(
 
     Args:
         rewards_kQ: rewards of the leaves. explore_k: probability that the client explores.
-        nursery: place of the leaf where clients gather that no leaf wants. homeless_k: they.
+        nursery_k: place of the leaf where each client goes if no leaf wants it. homeless_k: whom
+            no leaf wants.
 
     Exploring, a client takes the least bad of the other leaves; ties are broken at random. A client
-    without any evidence has only ties, so it goes to a random leaf.
+    without any evidence has only ties, so it goes to a random leaf. A fifth of the homeless go on
+    looking.
     """
     k, q = rewards_kQ.shape
     leaf = np.arange(q)[None, :]
@@ -133,8 +136,11 @@ def rank_leaves(
     else:
         second = best
     first = np.where(lucky, second, best)
-    first = np.where(homeless_k, nursery, first)
-    second = np.where(lucky | homeless_k, best, second)
+    gather = homeless_k & (
+        _uniform(hashed(seed, Purpose.SCHEDULE, clients_k, round_id, 1)) < GATHER
+    )
+    first = np.where(gather, nursery_k, first)
+    second = np.where(lucky | gather, best, second)
     return first, second, np.abs(scores[rows, first] - scores[rows, second])
 
 
