@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.federated.driver import FederatedRun
 from actors.session import Session
 from actors.venn.chaos import Chaos, ChaosConfig
 from actors.venn.client import DeviceClient, JobClient
 from actors.venn.cluster import ClusterConfig, VennCluster
-from actors.venn.cohorts import VennConfig, with_venn
+from actors.venn.cohorts import VennConfig, finish_job, with_venn
 from actors.venn.load import ATOM_SHARES, ATOM_VALUES
 from actors.venn.log import Replica
 from actors.venn.processes import ProcessDeployment, deployment
@@ -151,6 +152,31 @@ def test_federated_jobs_share_devices_through_the_job_plane(service: ProcessDepl
         job.strategy.leave()
     left = {item["job"] for item in asyncio.run(overview(service.scheduler_address))["jobs"]}
     assert left.isdisjoint(jobs)
+
+
+def test_a_federated_run_on_ray_takes_its_devices_from_venn(
+    service: ProcessDeployment, ray_session: Session
+) -> None:
+    data = load_digits_data(0)
+    recipe = FederatedConfig(clients_per_round=5, partition=PartitionConfig(clients=60))
+    spec = recipe.model.spec(data)
+    venn = VennConfig(
+        scheduler=service.scheduler_address,
+        gateways=",".join(service.gateway_addresses),
+        job_id="on-ray",
+        requirement={"mem": 1000.0},
+        deadline_s=60,
+        rounds=2,
+    )
+    make = functools.partial(with_venn, functools.partial(make_job, recipe, spec), venn)
+    population = make_population(recipe, data)
+    federated = FederatedRun(recipe, data, population, spec, workers=1, worker_cpus=0, make=make)
+    try:
+        summaries = list(federated.rounds(2))
+    finally:
+        federated.close()
+    assert [summary.counts["ok"] for summary in summaries] == [5, 5]
+    assert finish_job(venn) == {"rounds": 2, "assigned": 10, "failed": 0}
 
 
 async def overview(address: str) -> Any:

@@ -234,7 +234,7 @@ class SchedulerCore:
             self._learn(job, opened)
         else:
             job.rounds_aborted += 1
-        self._leave_round(job)
+        self._leave_round(job, answers)
         return {}
 
     def _learn(self, job: JobState, opened: RoundState) -> None:
@@ -263,18 +263,17 @@ class SchedulerCore:
         del self.state.jobs[job.job_id]
         self.events.append((job.job_id, {"kind": "GONE", "reason": reason}))
 
-    def _leave_round(self, job: JobState) -> None:
+    def _leave_round(self, job: JobState, answers: int = 0) -> None:
         opened = job.open
         if opened is None:
             return
-        job.assigned += opened.spent
+        # A quick round ends before its last usage is reported: who answered was assigned.
+        job.assigned += max(opened.spent, answers)
         job.failed += opened.failed
         job.open = None
         del self.rounds[opened.round_id]
         self.state.dirty = True
         self.events.append((job.job_id, {"kind": "CLOSED", "round_id": opened.round_id}))
-
-    # ------------------------------------------------------------------ time and plans
 
     def _tick(self, command: Command) -> Reply:
         """Deadlines, silent jobs, leases lost with dead gateways, and the gateways that died.
