@@ -93,43 +93,65 @@ inline void collect(const Store& s, const Range& range, u32 bin, u64 salt, std::
       out.emplace_back(q.score, tie_of(q.key, q.table, salt, 0));
 }
 
-// Lists the chunks that the cut wants to change; returns nothing but fills s.growers and s.victims.
-inline void plan(Store& s, const Range& range, const Cut& cut, u64 salt) {
+// Call f(segment, index, scores, j, grows) for every chunk that the cut wants to change.
+template <class F> inline void each_change(const Store& s, const Range& range, const Cut& cut, u64 salt, F f) {
   each_scored(s, range, [&](Segment& g, size_t i, const float* u, const float* score) {
-    const u32 alive_bits = [&] { u32 m = 0; for (int j = 0; j < s.c.max_chunks; ++j) m |= u32(std::signbit(u[j])) << j; return m; }();
-    u32 want = 0;
+    u32 alive = 0, want = 0;
     for (int j = 0; j < s.c.max_chunks; ++j) {
-      const bool clear = score[j] > cut.score, tied = score[j] == cut.score;
-      if (clear || (tied && tie_of(g.entries[i].key, g.entries[i].table, salt, j) > cut.tie)) want |= u32(counted(u, score, j) && (score[j] > 0 || alive_bits >> j & 1)) << j;
+      const bool is_alive = std::signbit(u[j]);
+      alive |= u32(is_alive) << j;
+      if (score[j] < cut.score || (score[j] <= 0 && !is_alive)) continue;
+      if (score[j] > cut.score || tie_of(g.entries[i].key, g.entries[i].table, salt, j) > cut.tie) want |= 1u << j;
     }
-    if (want == alive_bits) return;
+    if (want == alive) return;
     const Entry& e = g.entries[i];
-    const bool safe = (e.alive & kPinned) || int(u16(s.round - e.grown)) <= s.c.min_alive;
-    for (u32 m = want ^ alive_bits; m; m &= m - 1) {
+    const bool safe = (alive & ~want) && ((e.alive & kPinned) || int(u16(s.round - e.grown)) <= s.c.min_alive);
+    for (u32 m = want ^ alive; m; m &= m - 1) {
       const int j = __builtin_ctz(m);
-      const Item item{score[j], tie_of(e.key, e.table, salt, j), e.key, e.table, u16(j), false};
-      if (want >> j & 1) s.growers.push_back(item);
-      else if (!safe) s.victims.push_back(item);
+      if (want >> j & 1) f(g, i, score, j, true);
+      else if (!safe) f(g, i, score, j, false);
     }
+  });
+}
+
+// Bounds on what plan() lists: growers from a histogram bin upwards, victims up to one.
+struct Bounds { u32 grow_from = 0, evict_to = kBins; };
+
+// Lists the chunks that the cut wants to change, within bounds: fills s.growers and s.victims.
+inline void plan(Store& s, const Range& range, const Cut& cut, u64 salt, const Bounds& bounds = {}) {
+  each_change(s, range, cut, salt, [&](Segment& g, size_t i, const float* score, int j, bool grows) {
+    const u32 bin = bits_of(score[j]) >> 16;
+    if (grows ? bin < bounds.grow_from : bin > bounds.evict_to) return;
+    const Entry& e = g.entries[i];
+    (grows ? s.growers : s.victims).push_back({score[j], tie_of(e.key, e.table, salt, j), e.key, e.table, u16(j), false});
   });
   for (const Candidate& q : s.queue) {
     const u64 tie = tie_of(q.key, q.table, salt, 0);
-    if ((range.table < 0 || q.table == range.table) && cut.below(q.score, tie))
+    if ((range.table < 0 || q.table == range.table) && cut.below(q.score, tie) && bits_of(q.score) >> 16 >= bounds.grow_from)
       s.growers.push_back({q.score, tie, q.key, q.table, 0, true});
   }
 }
 
-inline bool better(const Item& a, const Item& b) { return a.score != b.score ? a.score > b.score : a.tie > b.tie; }
-
-inline void keep_best(std::vector<Item>& items, size_t n) {
+// Keep the n best (or worst), in the order in which they are listed: rows stay together.
+template <class Before> inline void keep_first(std::vector<Item>& items, size_t n, Before before) {
   if (items.size() <= n) return;
-  std::nth_element(items.begin(), items.begin() + n, items.end(), better);
-  items.resize(n);
+  if (n == 0) { items.clear(); return; }
+  struct Rank { float score; u64 tie; };
+  std::vector<Rank> ranks;
+  ranks.reserve(items.size());
+  for (const Item& item : items) ranks.push_back({item.score, item.tie});
+  std::nth_element(ranks.begin(), ranks.begin() + (n - 1), ranks.end(), before);
+  const Rank last = ranks[n - 1];
+  size_t kept = 0;
+  for (const Item& item : items)
+    if (kept < n && !before(last, Rank{item.score, item.tie})) items[kept++] = item;
+  items.resize(kept);
+}
+inline void keep_best(std::vector<Item>& items, size_t n) {
+  keep_first(items, n, [](const auto& a, const auto& b) { return a.score != b.score ? a.score > b.score : a.tie > b.tie; });
 }
 inline void keep_worst(std::vector<Item>& items, size_t n) {
-  if (items.size() <= n) return;
-  std::nth_element(items.begin(), items.begin() + n, items.end(), [](const Item& a, const Item& b) { return better(b, a); });
-  items.resize(n);
+  keep_first(items, n, [](const auto& a, const auto& b) { return a.score != b.score ? a.score < b.score : a.tie < b.tie; });
 }
 
 inline void by_row(std::vector<Item>& items) {
@@ -163,9 +185,8 @@ inline void apply_plan(Store& s) {
     s.set_alive(f, want, false);
     if (!want) s.remove(f);
   });
-  std::sort(s.growers.begin(), s.growers.end(), better);
-  i64 room = s.free_slots();
-  if (i64(s.growers.size()) > room) { s.n.refused += i64(s.growers.size()) - room; s.growers.resize(size_t(std::max<i64>(room, 0))); }
+  const i64 room = std::max<i64>(0, s.free_slots());
+  if (i64(s.growers.size()) > room) { s.n.refused += i64(s.growers.size()) - room; keep_best(s.growers, size_t(room)); }
   by_row(s.growers);
   each_run(s.growers, [&](const Item& item, u16 bits) {
     Found f = s.directory->find(item.key, item.table);
@@ -225,11 +246,32 @@ inline Cut exact_cut(const Store& s, const Range& range, i64 target, u64 salt) {
   return {};
 }
 
+// Where the exchange of a whole round ends, by bins: a round that swaps a few percent must not list
+// every chunk that would like to move.
+struct Survey { Exchange exchange; Bounds bounds; };
+inline Survey survey(const Store& s, const Cut& cut, u64 salt, i64 target, i64 churn) {
+  std::vector<i64> grow(kBins, 0), evict(kBins, 0);
+  i64 growers = 0, victims = 0;
+  each_change(s, {}, cut, salt, [&](Segment&, size_t, const float* score, int j, bool grows) {
+    ++(grows ? grow : evict)[bits_of(score[j]) >> 16];
+    ++(grows ? growers : victims);
+  });
+  for (const Candidate& q : s.queue)
+    if (cut.below(q.score, tie_of(q.key, q.table, salt, 0))) { ++grow[bits_of(q.score) >> 16]; ++growers; }
+  Survey found{exchange_size(s.alive, target, growers, victims, churn), {}};
+  u32 from = kBins, to = 0;
+  for (i64 sum = 0; from > 0 && sum < found.exchange.grow;) sum += grow[--from];
+  for (i64 sum = evict[0]; to + 1 < kBins && sum < found.exchange.evict;) sum += evict[++to];
+  found.bounds = {from, to};
+  return found;
+}
+
 inline void full_round(Store& s) {
   unique_queue(s);
   const i64 target = target_slots(s);
   const u64 salt = mix(s.c.seed + s.round);
   const i64 churn = std::max<i64>(1, i64(s.c.churn_cap * double(s.c.slots)));
+  Exchange x;
   if (s.c.by_table) {
     i64 weight = 0;
     for (const TableConfig& t : s.tables) weight += t.dense_rows;
@@ -238,11 +280,13 @@ inline void full_round(Store& s) {
       const i64 share = weight ? i64(double(target) * double(s.tables[t].dense_rows) / double(weight)) : target / s.c.tables;
       plan(s, range, exact_cut(s, range, share, salt), salt);
     }
+    x = exchange_size(s.alive, target, i64(s.growers.size()), i64(s.victims.size()), churn);
   } else {
     s.cut = exact_cut(s, {}, target, salt);
-    plan(s, {}, s.cut, salt);
+    const Survey found = survey(s, s.cut, salt, target, churn);
+    x = found.exchange;
+    if (x.grow || x.evict) plan(s, {}, s.cut, salt, found.bounds);
   }
-  const Exchange x = exchange_size(s.alive, target, i64(s.growers.size()), i64(s.victims.size()), churn);
   keep_best(s.growers, size_t(x.grow));
   keep_worst(s.victims, size_t(x.evict));
   apply_plan(s);

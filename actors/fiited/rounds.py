@@ -48,9 +48,8 @@ class RoundCoordinator:
         for key in [key for key in self._decided if key[0] < round_]:
             del self._decided[key]
             self._ready.pop(key, None)
-        for kept in (self._targets, self._bins):
-            for old in [r for r in kept if r < round_]:
-                del kept[old]  # type: ignore[attr-defined]
+        self._targets = {r: t for r, t in self._targets.items() if r >= round_}
+        self._bins = {r: b for r, b in self._bins.items() if r >= round_}
 
     def health(self) -> dict[str, int]:
         return {"remembered": len(self._decided), "waiting": len(self._parts)}

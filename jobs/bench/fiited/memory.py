@@ -120,7 +120,7 @@ def _disk_mb_s(path: Path, size: int) -> float:
     data = np.random.default_rng(0).integers(0, 255, size, np.uint8)
     start = time.perf_counter()
     with path.open("wb") as file:
-        file.write(data)
+        file.write(data.tobytes())
         file.flush()
         os.fsync(file.fileno())
     path_s = time.perf_counter() - start

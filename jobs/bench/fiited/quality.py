@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -226,7 +227,7 @@ def movielens(profile: Profile) -> Claim:
         Piece(
             f"fiited-movielens-{method}",
             {"method": method, "ratio": ratio, "seed": seed},
-            lambda m=method, r=ratio, s=seed: _movielens_auc(m, r, s),
+            functools.partial(_movielens_auc, method, ratio, seed),
         )
         for method, ratio in cases
         for seed in seeds

@@ -112,15 +112,17 @@ class ClickLog:
         if count:
             yield _join(kept)
 
-    def encode(self, rows: Sequence[dict[str, object]]) -> Clicks:
-        """Rows given as values by column, for scoring; the label may be absent.
-
-        Raises:
-            DataError: a column of the wrong type.
-        """
-        names = (*self.schema.categorical, *self.schema.dense)
-        columns = {name: [row.get(name) for row in rows] for name in names}
-        return encode_columns(self.schema, columns, len(rows))
+    def count_rows(self) -> int:
+        """Rows of all files: exact for Parquet, lines for text."""
+        total = 0
+        for path in self.paths:
+            if self.format == "parquet":
+                total += int(pq.read_metadata(path).num_rows)
+                continue
+            with path.open("rb") as file:
+                lines = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+            total += max(0, lines - (self.format == "csv"))
+        return total
 
     def _resolve(self, label: str, categorical: tuple[str, ...], dense: tuple[str, ...]) -> Schema:
         if self.format == "criteo":

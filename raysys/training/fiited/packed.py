@@ -134,7 +134,8 @@ class PackedTable:
     def _decode(self, chunks: I64) -> F32:
         raw = np.asarray(self._values).reshape(-1, self.chunk)[chunks]
         if self._scales is not None:
-            return raw.astype(np.float32) * np.asarray(self._scales)[chunks][:, None]
+            scales = np.asarray(self._scales)[chunks][:, None]
+            return np.asarray(raw.astype(np.float32) * scales, np.float32)
         return from_wire(raw)
 
 
@@ -142,7 +143,7 @@ def _ranges(starts: I64, lengths: I64) -> I64:
     """starts[i] .. starts[i] + lengths[i] for every i, joined."""
     total = int(lengths.sum())
     offsets = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
-    return np.arange(total, dtype=np.int64) + offsets
+    return np.asarray(np.arange(total, dtype=np.int64) + offsets, np.int64)
 
 
 def _encode(weights: F32, values: str) -> dict[str, npt.NDArray[Any]]:

@@ -44,7 +44,7 @@ class BucketMap:
 
     def owned(self, shard: int) -> npt.NDArray[np.uint8]:
         """1 for every bucket of a shard, u8[4096]."""
-        return (self.owners == shard).astype(np.uint8)
+        return np.asarray(self.owners == shard, np.uint8)
 
     def balanced(self, loads: npt.NDArray[np.float64], limit: float = 1.25) -> BucketMap:
         """Move the hottest buckets of shards above ``limit`` times the mean to the coolest shard.

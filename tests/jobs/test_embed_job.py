@@ -1,0 +1,147 @@
+"""`raysys embed`: train, resume, export, score; sharded training with two trainers on Ray."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from actors.fiited.scoring import ClickModel, ScoringEndpoint
+from jobs.embed.__main__ import command_line
+from jobs.embed.config import TrainConfig
+from jobs.embed.train import make_trainer
+from raysys.errors import ConfigError, DataError, InterruptedRunError
+from raysys.runs import RunDirectory
+from raysys.training.fiited.trainer import StreamTrainer
+
+SMALL = ["--set", "batch=128", "--set", "window=5", "--set", "rows=500", "--set", "save_every=2"]
+
+
+@pytest.fixture(scope="module")
+def clicks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """6,000 rows whose label depends on two ids and a dense feature."""
+    rng = np.random.default_rng(0)
+    user, item = np.minimum(rng.zipf(1.3, (2, 6000)), 400)
+    price = rng.normal(size=6000)
+    logit = np.sin(user * 1.7) * 1.5 + np.cos(item * 2.3) * 1.5 + price
+    label = (rng.random(6000) < 1 / (1 + np.exp(-logit))).astype(np.int64)
+    table = pa.table(
+        {"label": label, "user": user, "item": [f"i{i}" for i in item], "price": price}
+    )
+    path = tmp_path_factory.mktemp("clicks") / "clicks.parquet"
+    pq.write_table(table, path)
+    return path
+
+
+def train(clicks: Path, run: Path, *extra: str) -> dict[str, float]:
+    given = ["train", "--data", str(clicks), "--run-dir", str(run), *SMALL, *extra]
+    assert command_line(given) == 0
+    return dict(RunDirectory.open(str(run)).read_json("result.json"))
+
+
+@pytest.fixture(scope="module")
+def trained(clicks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("run") / "whole"
+    result = train(clicks, run)
+    assert result["auc_late"] > 0.7
+    assert result["rho"] > 0.4
+    assert (run / "report.html").stat().st_size > 10_000
+    return run
+
+
+def test_an_interrupted_run_goes_on_to_the_same_result(
+    clicks: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = StreamTrainer.step, []
+
+    def stop(self: StreamTrainer, *args: object) -> object:
+        calls.append(1)
+        if len(calls) == 33:
+            raise InterruptedRunError("SIGTERM")
+        return real(self, *args)  # type: ignore[arg-type]
+
+    run = tmp_path / "cut"
+    monkeypatch.setattr(StreamTrainer, "step", stop)
+    given = ["train", "--data", str(clicks), "--run-dir", str(run), *SMALL]
+    assert command_line(given) != 0
+    monkeypatch.setattr(StreamTrainer, "step", real)
+    assert command_line(["train", "--run-dir", str(run), "--resume"]) == 0
+    ours = RunDirectory.open(str(run)).read_json("result.json")
+    whole = RunDirectory.open(str(trained)).read_json("result.json")
+    assert ours["steps"] == whole["steps"]
+    assert ours["rows"] == whole["rows"]
+    assert ours["alive"] == whole["alive"]
+    last = [
+        RunDirectory.open(str(r)).read_table("windows").to_pylist()[-1]["auc"]
+        for r in (run, trained)
+    ]
+    assert last[0] == last[1]
+
+
+@pytest.mark.parametrize("values", ["fp32", "int8"])
+def test_the_exported_model_scores_like_the_trained_one(
+    clicks: Path, trained: Path, tmp_path: Path, values: str
+) -> None:
+    out = tmp_path / "model"
+    given = ["export", "--run", str(trained), "--out", str(out), "--set", f"values={values}"]
+    assert command_line([*given, "--run-dir", str(tmp_path / "run")]) == 0
+    model = ClickModel(str(out))
+    rows = pq.read_table(clicks).drop_columns("label").slice(0, 50).to_pylist()
+    scores = np.array(model.score(rows))
+    assert scores.shape == (50,)
+    assert scores.std() > 0.05
+    endpoint = ScoringEndpoint(str(out))
+    status, answer = endpoint.answer(json.dumps({"rows": rows}).encode())
+    assert status == 200
+    np.testing.assert_allclose(answer["scores"], scores, rtol=1e-5)
+    for body in (b"{", b'{"rows": 5}', b'{"rows": [{"who": 1}]}', b'{"rows": [{"user": 1.5}]}'):
+        assert endpoint.answer(body)[0] == 400
+    assert endpoint.answer(b'{"rows": [{}]}')[0] == 200  # everything missing is a valid row
+    (out / "model.json").write_text("{")
+    with pytest.raises(DataError):
+        ClickModel(str(out))
+
+
+def test_ramp_and_guard_move_the_budget(clicks: Path, tmp_path: Path) -> None:
+    train(clicks, tmp_path / "r", "--set", "ramp=0.5", "--set", "guard_tol=0.0005")
+    rows = RunDirectory.open(str(tmp_path / "r")).read_table("windows").to_pylist()
+    assert rows[0]["budget_slots"] > rows[-1]["budget_slots"]
+
+
+def test_wrong_options_are_refused(clicks: Path) -> None:
+    for fields in (
+        {"model": "wide"},
+        {"workers": 2},
+        {"shards": 1, "ramp": 0.5},
+        {"budget_mb": 1.0, "guard_tol": 0.1},
+        {"chunk": 5},
+    ):
+        with pytest.raises(ConfigError):
+            TrainConfig(**fields)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError):
+        TrainConfig().log()
+    trainer = make_trainer(
+        TrainConfig(data=str(clicks), model="deepfm"), TrainConfig(data=str(clicks)).log()
+    )
+    assert trainer.guard is None
+    assert command_line(["fly"]) == 2
+
+
+@pytest.mark.cluster
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from Ray Data itself
+def test_two_trainers_over_two_shards(clicks: Path, trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "sharded"
+    result = train(
+        clicks, run, "--shards", "2", "--workers", "2", "--set", "interval=10",
+        "--set", "save_every=3",
+    )  # fmt: skip
+    assert result["auc_late"] > 0.68
+    assert len(list((run / "shards").glob("step-*/shard-0001/manifest.json"))) >= 1
+    out = tmp_path / "model"
+    given = ["export", "--run", str(run), "--out", str(out), "--run-dir", str(tmp_path / "x")]
+    assert command_line(given) == 0
+    assert ClickModel(str(out)).tables.manifest["rows"] == result["rows"]
