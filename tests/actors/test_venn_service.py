@@ -322,7 +322,8 @@ def test_standby_takes_over_at_the_same_address(tmp_path: Path) -> None:
         device = DeviceClient(f"127.0.0.1:{await gateway.start()}")
         async with JobClient(f"127.0.0.1:{port}", "job") as job:
             await job.register({})
-            await job.open_round(60, deadline_s=1000)
+            ticket = await job.open_round(60, deadline_s=1000)
+            filled = asyncio.create_task(until_filled(job, ticket.round_id))
             first = await drain(device, 0, 10, batch=10)
             await leader.close()
             await asyncio.wait_for(standby.leading.wait(), WAIT_S)
@@ -330,6 +331,9 @@ def test_standby_takes_over_at_the_same_address(tmp_path: Path) -> None:
             await until(lambda: standby.core.state.jobs["job"].open.spent == 60)  # type: ignore[union-attr]
             total = sum(int((answer.slots >= 0).sum()) for answer in (*first, *rest))
             assert total == 60
+            assert await asyncio.wait_for(filled, WAIT_S) == 60
+            again = asyncio.create_task(until_filled(job, ticket.round_id))
+            assert await asyncio.wait_for(again, WAIT_S) == 60  # the state comes first
             with pytest.raises(RemoteError, match="no open round"):
                 await job.open_round(1, deadline_s=10)
         assert standby.health()["epoch"] == 2
@@ -338,6 +342,14 @@ def test_standby_takes_over_at_the_same_address(tmp_path: Path) -> None:
             await closing.close()
 
     asyncio.run(scenario())
+
+
+async def until_filled(job: JobClient, round_id: int) -> int:
+    """Devices of the round when it is filled, whoever leads by then."""
+    async for event in job.follow():
+        if event.kind == pb.JobEvent.FILLED and event.round_id == round_id:
+            return int(event.assigned)
+    return 0
 
 
 def test_explain_and_overview(tmp_path: Path) -> None:
