@@ -174,6 +174,32 @@ template <int L> inline bool apply_row(Store& s, Row& r, float* g, const float* 
   return true;
 }
 
+// Sum of the gradients of a row's values, in order of appearance; in registers, 64 floats at a time.
+inline void sum_values(const Batch& b, const Row& r, const float* grad, i64 stride, int D, float* sum) {
+  const u32* order = b.order.data() + r.start;
+  const float* column = grad + b.column[r.table];
+  auto at = [&](u32 p) { return column + i64(b.bag[order[p]]) * stride; };
+  int d = 0;
+  for (; d + 64 <= D; d += 64) {
+    v16 part[4];
+    for (int q = 0; q < 4; ++q) part[q] = *reinterpret_cast<const v16*>(at(0) + d + 16 * q);
+    for (u32 p = 1; p < r.count; ++p) {
+      if (p + 8 < r.count) prefetch_floats(at(p + 8) + d, 64);
+      for (int q = 0; q < 4; ++q) part[q] = part[q] + *reinterpret_cast<const v16*>(at(p) + d + 16 * q);
+    }
+    for (int q = 0; q < 4; ++q) *reinterpret_cast<v16*>(sum + d + 16 * q) = part[q];
+  }
+  if (d == D) return;
+  for (u32 p = 0; p < r.count; ++p) {
+    const float* one = at(p);
+    for (int i = d; i < D; i += 4) {
+      v4& target = *reinterpret_cast<v4*>(sum + i);
+      const v4 more = *reinterpret_cast<const v4*>(one + i);
+      target = p ? target + more : more;
+    }
+  }
+}
+
 template <int L> inline i64 update_rows(Store& s, Batch& b, const float* grad, i64 stride, float lr, float unit) {
   using V = typename Lanes<L>::type;
   alignas(64) float sum[4096];
@@ -198,16 +224,11 @@ template <int L> inline i64 update_rows(Store& s, Batch& b, const float* grad, i
     const int D = s.tables[r.table].chunks * s.c.chunk;
     const i64 column = b.column[r.table];
     float* g = sum;
-    for (u32 p = r.start; p < r.start + r.count; ++p) {
-      if (p + 6 < r.start + r.count) prefetch_floats(at(b.order[p + 6]) + column, D);
+    if (b.scale.empty() && r.count == 1 && !copy) g = const_cast<float*>(at(b.order[r.start]) + column);
+    else if (b.scale.empty()) sum_values(b, r, grad, stride, D, sum);
+    else for (u32 p = r.start; p < r.start + r.count; ++p) {
       const u32 value = b.order[p];
       const float* one = at(value) + column;
-      if (b.scale.empty()) {
-        if (r.count == 1 && !copy) { g = const_cast<float*>(one); break; }
-        if (p == r.start) copy_floats(sum, one, D);
-        else for (int d = 0; d < D; d += L) *reinterpret_cast<V*>(sum + d) += *reinterpret_cast<const V*>(one + d);
-        continue;
-      }
       const float weight = b.scale[value];
       if (p == r.start) for (int d = 0; d < D; d += L) *reinterpret_cast<V*>(sum + d) = *reinterpret_cast<const V*>(one + d) * weight;
       else for (int d = 0; d < D; d += L) *reinterpret_cast<V*>(sum + d) += *reinterpret_cast<const V*>(one + d) * weight;
