@@ -126,7 +126,7 @@ def live_vs_simulated(profile: Profile) -> Claim:
 
 def recovery_after_kill_s(profile: Profile) -> Claim:
     """SIGKILL of gateways, the leader, or both under load, with 1,000 jobs."""
-    config = ChaosConfig(kills=profile.pick(4, 100))
+    config = ChaosConfig(kills=profile.pick(3, 100))
     with tempfile.TemporaryDirectory() as folder, deployment(Path(folder), gateways=2) as running:
         report = asyncio.run(Chaos(running, config).run())
     return Claim(
