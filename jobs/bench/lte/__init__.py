@@ -7,7 +7,7 @@ known and go on from there (``RAYSYS_HOME`` holds the rows).
 
 from __future__ import annotations
 
-from jobs.bench.lte import decode, kernels, quality
+from jobs.bench.lte import decode, kernels, quality, serving, task
 from raysys.bench import ClaimFunction
 
 CONFIG = {
@@ -28,4 +28,6 @@ CLAIMS: dict[str, ClaimFunction] = {
     "quality_at_flops": quality.quality_at_flops,
     "quality_at_flops_middle": quality.quality_at_flops_middle,
     "target_sparsity_error": quality.target_sparsity_error,
+    "small_task": task.small_task,
+    "andes_with_lte": serving.andes_with_lte,
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,7 @@ def _state(stage: Stage, config: ProgramConfig, curve: list[dict[str, Any]]) -> 
 def _resume(stage: Stage, config: ProgramConfig, saved: bytes) -> list[dict[str, Any]]:
     try:
         state = torch.load(io.BytesIO(saved), weights_only=False)
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise LTEDataError("checkpoint", f"damaged ({error})", "Use an older one") from error
     before, now = state["config"], config_to_dict(config.stage)
     changed = [name for name in now if before.get(name) != now[name]]
