@@ -1,19 +1,30 @@
-"""Train a federated model: clients in bulk on every core, any server optimiser, exact resume."""
+"""Train a federated model: clients in bulk on every core, any server optimiser, exact resume.
+
+raysys federate --config my.yaml --run-dir runs/mine
+raysys federate explain runs/mine      # why cohorts split, and who is where
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
+import sys
+from collections.abc import Sequence
 from typing import Any
 
-from actors.federated.coordinator import RoundSummary
+from actors.federated.cohorts import build_auxo
+from actors.federated.coordinator import EXPLAIN_FILE, RoundSummary
 from actors.federated.driver import FederatedRun
 from actors.federated.ensemble import build_ensemble
 from actors.venn.cohorts import VennConfig, finish_job, with_venn
 from jobs.launcher import Job, JobContext, Summary, main
 from raysys import machine
 from raysys.config import check_range
+from raysys.errors import ConfigError, InfeasibleError, RaysysError
+from raysys.federated.auxo.config import AuxoConfig
+from raysys.federated.auxo.drawing import cohort_section, lines
 from raysys.federated.core.datasets import FederatedData
 from raysys.federated.core.model import layout_of
 from raysys.federated.core.population import Population
@@ -21,6 +32,7 @@ from raysys.federated.core.recipe import FederatedConfig, load_data, make_job, m
 from raysys.federated.core.serialize import pack_arrays
 from raysys.federated.fed_ensemble.ensemble import EnsembleConfig
 from raysys.report import Plot, Section, Table, new_figure, render_page
+from raysys.runs import RunDirectory
 
 REPORT = "report.html"
 MODEL_FILE = "model.arrow"
@@ -34,6 +46,7 @@ class FederateConfig:
         recipe: what is trained, and how.
         venn: take the devices of every round from this Venn service; None draws them here.
         ensemble: train K models at the cost of one (Fed-ensemble); None trains one.
+        auxo: find cohorts of similar clients while training (Auxo); None has one cohort.
         rounds: number of rounds.
         workers: worker actors. worker_cpus: logical CPUs each of them reserves.
         evaluate_every: rounds between evaluations; 0 for none.
@@ -42,6 +55,7 @@ class FederateConfig:
 
     recipe: FederatedConfig = dataclasses.field(default_factory=FederatedConfig)
     ensemble: EnsembleConfig | None = None
+    auxo: AuxoConfig | None = None
     venn: VennConfig | None = None
     rounds: int = 100
     workers: int = 2
@@ -74,6 +88,8 @@ def run(config: FederateConfig, context: JobContext) -> Summary:
     make = None
     if config.ensemble is not None:
         make = functools.partial(build_ensemble, recipe, config.ensemble, spec)
+    if config.auxo is not None:
+        make = functools.partial(build_auxo, recipe, config.auxo, config.ensemble, spec)
     if config.venn is not None:
         venn = dataclasses.replace(config.venn, rounds=config.venn.rounds or config.rounds)
         make = functools.partial(with_venn, make or functools.partial(make_job, recipe, spec), venn)
@@ -93,13 +109,51 @@ def run(config: FederateConfig, context: JobContext) -> Summary:
         summaries = _follow(federated, config, context, have)
         if config.venn is not None:
             finish_job(config.venn)
-        k = 1 if config.ensemble is None else config.ensemble.k
-        members = {"weights" if k == 1 else f"weights.{m}": federated.weights(m) for m in range(k)}
+        explained = federated.explain()
+        context.run.write_json(EXPLAIN_FILE, explained)
+        models = _model_names(config, explained)
+        members = {name: federated.weights(model) for name, model in models.items()}
         context.run.storage.write(MODEL_FILE, pack_arrays(members))
         facts = federated.health()
     finally:
         federated.close()
-    return _finish(config, context, data, population, summaries, facts)
+    return _finish(config, context, data, population, summaries, {**facts, "explained": explained})
+
+
+def explain(arguments: Sequence[str]) -> int:
+    """Print why the cohorts of a run are what they are, from its newest checkpoint."""
+    try:
+        if len(arguments) != 1:
+            raise ConfigError(
+                "RUN", list(arguments), "one run directory", "raysys federate explain RUN"
+            )
+        found = RunDirectory.open(arguments[0]).load_checkpoint()
+        facts = {} if found is None else json.loads(found[1].get(EXPLAIN_FILE, b"{}"))
+        if not facts:
+            raise InfeasibleError(
+                f"explain {arguments[0]}", "the run has no cohorts or no checkpoint yet",
+                "Give a run with auxo and checkpoint_every set",
+            )  # fmt: skip
+    except RaysysError as error:
+        print(f"raysys: error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"after round {found[0] if found else 0}")
+    print("\n".join(lines(facts)))
+    return 0
+
+
+def _model_names(config: FederateConfig, explained: dict[str, Any]) -> dict[str, int]:
+    """Model id by name in the model file: one, members of an ensemble, or cohorts."""
+    k = 1 if config.ensemble is None else config.ensemble.k
+    members = {"weights" if k == 1 else f"weights.{m}": m for m in range(k)}
+    cohorts: dict[str, int] = explained.get("models", {})
+    if not cohorts:
+        return members
+    return {
+        f"{name}.cohort{cohort}": first + m
+        for cohort, first in cohorts.items()
+        for name, m in members.items()
+    }
 
 
 def _follow(
@@ -166,7 +220,12 @@ def _finish(
     report = render_page(
         "Federated training",
         " ".join(lines),
-        [_curves(scored), _losses(summaries), _table(config, summaries, facts)],
+        [
+            _curves(scored),
+            *([cohort_section(facts["explained"])] if facts["explained"] else []),
+            _losses(summaries),
+            _table(config, summaries, facts),
+        ],
     )
     context.run.storage.write(REPORT, report.encode())
     return Summary(lines=lines, report=REPORT)
@@ -255,5 +314,12 @@ def _table(config: FederateConfig, summaries: list[RoundSummary], facts: dict[st
 
 JOB = Job(name="federate", config=FederateConfig, run=run)
 
+
+def command_line(arguments: Sequence[str] | None = None) -> int:
+    """Train, or explain a run."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return explain(given[1:]) if given[:1] == ["explain"] else main(JOB, given)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main(JOB))
+    raise SystemExit(command_line())

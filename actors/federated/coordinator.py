@@ -13,13 +13,15 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import ray
 
+from actors.federated.cohorts import explain
+from actors.federated.combiner import CombinerActor, combined
 from actors.federated.pool import Call, WorkerPool
 from actors.federated.worker import WorkerActor
 from raysys.errors import RaysysError
@@ -27,16 +29,20 @@ from raysys.federated.core.calibration import choose
 from raysys.federated.core.datasets import FederatedData
 from raysys.federated.core.engine import FederatedJob, OpenRound
 from raysys.federated.core.evaluation import Score, mean_score, percentiles
+from raysys.federated.core.messages import Partial
 from raysys.federated.core.model import FlatWeights
 from raysys.federated.core.population import Population
+from raysys.federated.core.privacy import PrivateAvg
 from raysys.federated.core.serialize import pack_arrays, unpack_arrays
 from raysys.federated.core.strategy import RoundReport
 from raysys.runs import RunDirectory
 
 CHECKPOINT_FILE = "state.arrow"
 HISTORY_FILE = "rounds.json"
+EXPLAIN_FILE = "explain.json"
 PROBE_CLIENTS = 256
 KEEP_SUMMARIES = 16
+WORKERS_PER_COMBINER = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +91,8 @@ class JobActor:
         run_uri: run directory for checkpoints, or None for none.
         checkpoint_every: rounds between checkpoints; 0 for none.
         evaluate_every: rounds between central evaluations; 0 for none.
+        combiners: actors that add blocks of tasks, so that the coordinator fetches fewer sums;
+            None takes one per eight workers beyond the first eight.
     """
 
     def __init__(
@@ -97,6 +105,7 @@ class JobActor:
         run_uri: str | None = None,
         checkpoint_every: int = 0,
         evaluate_every: int = 0,
+        combiners: int | None = None,
     ) -> None:
         self._job = make_job(ray.get(data.population))
         self._run = None if run_uri is None else RunDirectory.open(run_uri)
@@ -109,6 +118,11 @@ class JobActor:
         remote = ray.remote(WorkerActor).options(num_cpus=worker_cpus, max_restarts=0)
         parts = (data.inputs, data.targets, data.test_inputs, data.test_targets, data.population)
         self._pool = WorkerPool(lambda: remote.remote(*parts), workers)
+        count = (workers - 1) // WORKERS_PER_COMBINER if combiners is None else combiners
+        self._combiners: WorkerPool | None = None
+        if count:
+            combiner = ray.remote(CombinerActor).options(num_cpus=0, max_restarts=0)
+            self._combiners = WorkerPool(combiner.remote, count)
         self._speed: dict[str, float] = {}
         if not restored:
             self._calibrate()
@@ -142,6 +156,10 @@ class JobActor:
         """The job's complete state, as in a checkpoint."""
         return self._job.state()
 
+    def explain(self) -> dict[str, Any]:
+        """What the strategy has to say about its decisions, JSON-ready; empty for most."""
+        return explain(self._job.strategy)
+
     def health(self) -> dict[str, Any]:
         """Round number, worker facts, replaced workers, and what calibration chose."""
         return {
@@ -154,19 +172,28 @@ class JobActor:
             "task_clients": self._job.execution.task_clients,
             "clients_per_second": self._speed,
             "cpu_s": time.process_time(),
+            "combiners": 0 if self._combiners is None else self._combiners.size,
+            "privacy": self._guarantee(),
         }
+
+    def _guarantee(self) -> dict[str, Any] | None:
+        strategy = self._job.strategy
+        if not isinstance(strategy, PrivateAvg):
+            return None
+        return dataclasses.asdict(strategy.guarantee())
 
     def close(self) -> None:
         """End the workers; may be called twice."""
         self._pool.close()
+        if self._combiners is not None:
+            self._combiners.close()
 
     def _round(self, last: bool) -> RoundSummary:
         begin = time.monotonic()
         report = None
         while report is None:
             opened = self._job.open_round()
-            for (kind, group), partial in self._pool.run(self._calls(opened)):
-                assert kind == "train"
+            for group, partial in self._answers(opened):
                 opened.add(group, partial)
             report = self._job.close_round(opened)
         summary = _summarise(report, time.monotonic() - begin)
@@ -179,13 +206,24 @@ class JobActor:
             self._save(done)
         return summary
 
+    def _answers(self, opened: OpenRound) -> Iterator[tuple[int, Partial]]:
+        """(group, partial) of every task, straight from the workers or through combiners."""
+        found = self._pool.run(self._calls(opened))
+        if self._combiners is None:
+            for (group, _), partial in found:
+                yield group, partial
+        else:
+            yield from combined(dict(found), self._combiners)
+
     def _calls(self, opened: OpenRound) -> list[Call]:
         calls = []
+        split = self._combiners is not None
+        method = "train_split" if split else "train"
         for number, group in enumerate(opened.groups):
             weights = ray.put(group.weights)
             for task, controls in zip(group.tasks, group.controls_of_task):
                 arguments = (weights, task) if controls is None else (weights, task, controls)
-                calls.append(Call(("train", number), "train", arguments))
+                calls.append(Call((number, task.task_id), method, arguments, split))
         return calls
 
     def _with_scores(self, summary: RoundSummary) -> RoundSummary:
@@ -230,6 +268,7 @@ class JobActor:
         files = {
             CHECKPOINT_FILE: pack_arrays(self._job.state()),
             HISTORY_FILE: json.dumps(history).encode(),
+            EXPLAIN_FILE: json.dumps(self.explain()).encode(),
         }
         self._run.save_checkpoint(done, files)
 

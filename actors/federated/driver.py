@@ -26,7 +26,7 @@ class FederatedRun:
 
     Args:
         config: the recipe. data, population, spec: what it was built from.
-        workers, worker_cpus, run_uri, checkpoint_every, evaluate_every: as in
+        workers, worker_cpus, run_uri, checkpoint_every, evaluate_every, combiners: as in
             :class:`~actors.federated.coordinator.JobActor`.
         slice_s: longest wait for the next summaries.
         make: builds the job from the population on the coordinator; by default the recipe's.
@@ -44,6 +44,7 @@ class FederatedRun:
         run_uri: str | None = None,
         checkpoint_every: int = 0,
         evaluate_every: int = 0,
+        combiners: int | None = None,
         slice_s: float = 1.0,
         make: MakeJob | None = None,
     ) -> None:
@@ -56,11 +57,13 @@ class FederatedRun:
             "run_uri": run_uri,
             "checkpoint_every": checkpoint_every,
             "evaluate_every": evaluate_every,
+            "combiners": combiners,
         }
         self._make = make or functools.partial(_build, config, spec)
         self._make(population)  # a wrong configuration shows here, not in a remote traceback
         self.actor: Any = self._start()
         self.restarts = 0
+        self._done = 0
 
     def rounds(self, until: int, have: int = 0) -> Iterator[RoundSummary]:
         """Yield the summary of each round from ``have`` up to ``until``, as they come.
@@ -76,21 +79,39 @@ class FederatedRun:
                 continue
             for summary in summaries:
                 have = summary.round_id + 1
+                self._done = max(self._done, have)
                 yield summary
 
     def weights(self, model_id: int = 0) -> FlatWeights:
         """Current weights of a model."""
-        values: FlatWeights = ray.get(self.actor.weights.remote(model_id))
+        values: FlatWeights = self._ask("weights", model_id)
         return values
+
+    def explain(self) -> dict[str, Any]:
+        """See :meth:`JobActor.explain`."""
+        facts: dict[str, Any] = ray.get(self.actor.explain.remote())
+        return facts
 
     def health(self) -> dict[str, Any]:
         """See :meth:`JobActor.health`."""
-        facts: dict[str, Any] = ray.get(self.actor.health.remote())
+        facts: dict[str, Any] = self._ask("health")
         return facts
 
     def close(self) -> None:
         """End the coordinator and, with it, its workers; may be called twice."""
         ray.kill(self.actor)
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        """Call the coordinator; one that died is replaced and brought to where it was."""
+        behind = False
+        while True:
+            try:
+                if behind:
+                    ray.get(self.actor.advance.remote(self._done, self._done))
+                return ray.get(getattr(self.actor, method).remote(*arguments))
+            except RayActorError as error:
+                self._restart(error)
+                behind = True
 
     def _start(self) -> Any:
         remote = ray.remote(JobActor).options(num_cpus=0, max_restarts=0)
