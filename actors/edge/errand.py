@@ -13,6 +13,7 @@ from typing import Any
 
 from actors.edge.client import DownloadBrokenError
 from actors.edge.device import Device
+from actors.edge.profiles import Profiles
 from actors.edge.state import CHECKPOINTS, MODEL, UPDATE, Work
 from actors.edge.trainer import train_plan
 from actors.swan.engine import Swan
@@ -20,6 +21,7 @@ from raysys.errors import InterruptedRunError, RaysysError, RemoteError
 from raysys.federated.core.training import Samples
 from raysys.federated.swan.energy import EnergyLoan
 from raysys.federated.swan.plans import (
+    Plan,
     PlanRefusedError,
     check_work,
     pack_update,
@@ -43,6 +45,7 @@ class Errand:
     ) -> None:
         self.device, self.samples, self.loan, self.trainer = device, samples, loan, trainer
         self.updates = 0
+        self.profiles = Profiles(device)
         self._declined: dict[str, float] = {}
 
     async def run(self, work: Work) -> None:
@@ -125,15 +128,29 @@ class Errand:
         if work.stage != "downloaded":
             return
         loop = asyncio.get_running_loop()
-        content = await loop.run_in_executor(self.trainer, self._train_here, work)
+        plan = plan_from_json(work.plan, self.device.config.limits, work.endpoint)
+        key = self.profiles.key(plan)
+        own = self.profiles.own(key)
+        known = own or await self.profiles.ask(work, key)
+        trained = await loop.run_in_executor(
+            self.trainer, self._train_here, work, plan, known, own is not None
+        )
+        content, profile, verified = trained
         self.device.folder.write(UPDATE, content)
         self._advance(work, "trained")
+        if own is None:
+            await self.profiles.tell(work, key, profile, verified)
 
-    def _train_here(self, work: Work) -> bytes:
-        """In the training thread: the whole local training under one engine."""
-        plan = plan_from_json(work.plan, self.device.config.limits, work.endpoint)
+    def _train_here(
+        self, work: Work, plan: Plan, known: dict[str, Any] | None, trusted: bool
+    ) -> tuple[bytes, dict[str, Any], bool | None]:
+        """In the training thread: the whole local training under one engine.
+
+        Returns:
+            The packed update, the profile of its steps, and whether a shared profile held.
+        """
         weights = unpack_weights(self.device.folder.read(MODEL), plan.spec, work.endpoint)
-        with Swan(self.device.config.engine) as engine:
+        with Swan(self.device.config.engine, shared=known, trusted=trusted) as engine:
             engine.pilot.loan.load(self.loan.state())
             result = train_plan(
                 plan,
@@ -146,10 +163,15 @@ class Errand:
             self.loan.load(engine.pilot.loan.state())
             self.device.state.loan = self.loan.state()
             moves, choice = engine.moves, engine.status()["choice"]
+            # Exploration that the task was too short for is not shared as if it were finished.
+            done = not engine.pilot.exploring
+            profile = {**engine.pilot.profile.to_plain(), "device": self.profiles.kind}
+            verified = engine.pilot.verified
         self.device.note(
             "trained", f"{result.facts['steps']:.0f} steps, {moves} moves, on {choice}"
         )
-        return pack_update(result.delta, result.facts)
+        profile = profile if done else {**profile, "choices": []}
+        return pack_update(result.delta, result.facts), profile, verified
 
     async def _upload(self, work: Work) -> int:
         content = self.device.folder.read(UPDATE)

@@ -55,6 +55,7 @@ class DeviceState:
     mean_sample_ms: float = 0.0
     sample_ms: float = 0.0
     loan: dict[str, float] = dataclasses.field(default_factory=dict)
+    profiles: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     done: list[str] = dataclasses.field(default_factory=list)
     work: Work | None = None
 

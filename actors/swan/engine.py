@@ -81,7 +81,7 @@ class Swan:
 
     Args:
         topology: what to use instead of discovery.
-        shared: a profile from other devices, verified before use.
+        shared: a profile from other devices, verified before use, or, if ``trusted``, of this one.
         on_event: called with a dictionary for every move, thermal, budget and error event.
 
     Raises:
@@ -95,6 +95,7 @@ class Swan:
         *,
         topology: Topology | None = None,
         shared: dict[str, Any] | None = None,
+        trusted: bool = False,
         on_event: Callable[[dict[str, Any]], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -107,7 +108,7 @@ class Swan:
         self._lock = _take_lock(self.config.lock)
         self.topology = topology or discover(self._sys, self._proc, os.sched_getaffinity(0))
         _, battery_wh = read_battery(self._sys)
-        self.pilot = Pilot(self.topology, self.config.policy, battery_wh, shared)
+        self.pilot = Pilot(self.topology, self.config.policy, battery_wh, shared, trusted)
         self._meter = choose_meter(self.topology, clock, self._sys)
         self._pressure = PressureReader(clock, self._proc)
         self._guard = threading.RLock()

@@ -21,7 +21,9 @@ from actors.edge.agent import DeviceAgent
 from actors.edge.certificates import make_certificates
 from actors.edge.client import EdgeClient
 from actors.edge.config import EdgeDeviceConfig, SamplesConfig
+from actors.edge.device import Device
 from actors.edge.job import EdgeJobConfig
+from actors.edge.profiles import Profiles
 from actors.edge.registry import Registry
 from actors.edge.server import EdgeServer, EdgeServerConfig
 from actors.edge.service import EdgeService, VennConfig
@@ -335,6 +337,46 @@ def test_training_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     start = initial_weights(wrong.spec, 0).values
     with pytest.raises(ConfigError, match="fits this device's samples"):
         train_plan(wrong, start, samples)
+
+
+def test_profiles_are_remembered_shared_and_checked(tmp_path: Path) -> None:
+    times = {"now": 0.0}
+    config = device_config(tmp_path, 0, "127.0.0.1:1")
+    device = Device(config, clock=lambda: times["now"])
+    profiles = Profiles(device)
+    key = profiles.key(PLAN)
+    good = {"schema": 1, "device": profiles.kind, "choices": [{"counts": [1], "seconds": 1.0}]}
+    told: list[tuple[str, bool]] = []
+    answers = iter(["{", "[]", json.dumps({**good, "device": "other"}), "", json.dumps(good)])
+
+    class Edge:
+        async def __aenter__(self) -> Edge:
+            return self
+
+        async def __aexit__(self, *error: object) -> None:
+            return None
+
+        async def share_profile(self, key: str, profile: str, wrong: bool = False) -> str:
+            if profile or wrong:
+                told.append((profile, wrong))
+                return ""
+            return next(answers)
+
+    device.edge = lambda address, with_token=True: Edge()  # type: ignore[assignment, method-assign]
+    work = Work("a:1", "g", 1, 2, "j", 3, "b:1", "c:1", 4.0)
+
+    async def scenario() -> None:
+        asked = [await profiles.ask(work, key) for _ in range(5)]
+        assert asked == [None, None, None, None, good]
+        await profiles.tell(work, key, {**good, "choices": []}, None)
+        assert told == []
+        await profiles.tell(work, key, good, False)
+        assert [wrong for _, wrong in told] == [True, False]
+
+    asyncio.run(scenario())
+    assert profiles.own(key) == good
+    times["now"] = 31 * 86_400.0
+    assert profiles.own(key) is None, "a month is its life"
 
 
 def test_state_survives_and_damage_is_told(tmp_path: Path) -> None:

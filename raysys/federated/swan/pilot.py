@@ -92,6 +92,7 @@ class Pilot:
     Args:
         battery_wh: usable energy of the battery, 0 without one.
         shared: a profile from other devices of the same kind; verified before it is trusted.
+        trusted: the profile is this device's own: nothing is verified or explored again.
 
     Raises:
         ConfigError: the shared profile is malformed.
@@ -103,6 +104,7 @@ class Pilot:
         policy: Policy | None = None,
         battery_wh: float = 0.0,
         shared: Mapping[str, Any] | None = None,
+        trusted: bool = False,
     ) -> None:
         self.topology = topology
         self.policy = policy or Policy()
@@ -121,8 +123,12 @@ class Pilot:
         self._to_verify: list[tuple[Choice, float]] = []
         self._verify_times: list[float] = []
         if shared is not None and self.policy.kind == "swan":
-            self._plan_verification(check_plain(shared, topology.device))
-        self.choice: Choice | None = self._first()
+            self._plan_verification(check_plain(shared), trusted)
+        self.choice: Choice | None = None
+        if trusted and self.explorer.done:
+            self._rebuild(0.0)
+        else:
+            self.choice = self._first()
 
     @property
     def exploring(self) -> bool:
@@ -331,12 +337,15 @@ class Pilot:
     def _cheapest(self) -> Choice:
         return self._placed(self.frontier[-1].choice if self.frontier else self.profile.choices[0])
 
-    def _plan_verification(self, times: Mapping[tuple[int, ...], float]) -> None:
+    def _plan_verification(self, times: Mapping[tuple[int, ...], float], trusted: bool) -> None:
         known = [choice for choice in self.profile.choices if choice.counts in times]
         if not known:
             raise ConfigError("profile.choices", list(times), "choices that this device has")
         for choice in known:
             self.profile.of(choice).add(times[choice.counts], math.nan, "shared")
+        if trusted:
+            self.explorer.current = None
+            return
         fastest = sorted(known, key=lambda choice: times[choice.counts])[:2]
         self._to_verify = [(choice, times[choice.counts]) for choice in fastest]
 

@@ -32,6 +32,7 @@ from raysys.federated.swan.frontier import Estimate, best_index, prune
 from raysys.federated.swan.heat import Heat, HeatWatch, plausible_celsius
 from raysys.federated.swan.interference import Demand, Detector, Level
 from raysys.federated.swan.pilot import Pilot, Policy, Step
+from raysys.federated.swan.profile import check_plain
 from raysys.federated.swan.sharing import ProfileBook
 from raysys.federated.swan.simulation import SimulatedPhone, Surroundings
 from raysys.federated.swan.soc import (
@@ -367,8 +368,14 @@ def test_shared_profile_is_verified_before_it_is_trusted() -> None:
         assert pilot.choice is not None
         assert pilot.choice.threads == 2
         assert (pilot.exploration_steps == 12) is trusted
+    own = Pilot(equal_cores(2), shared=shared, trusted=True)
+    assert not own.exploring
+    assert own.choice is not None
+    assert own.choice.threads == 2
+    with pytest.raises(ConfigError, match="choices that this device has"):
+        Pilot(PIXEL.topology(), shared=profile_of(1.0))
     with pytest.raises(ConfigError, match="Another processor"):
-        Pilot(equal_cores(2), shared=profile_of(1.0))
+        check_plain(profile_of(1.0), "y")
 
 
 def test_pilot_swaps_its_core_for_a_quiet_one() -> None:
