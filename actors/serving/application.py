@@ -67,13 +67,12 @@ def build_application(config: ServingConfig) -> Any:
     from ray import serve
     from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
     from ray.serve.llm import LLMConfig, build_llm_deployment
-    from ray.serve.llm.ingress import make_fastapi_ingress
 
-    from actors.serving.ingress import ENDPOINTS, QoEIngress
+    from actors.serving.ingress import make_ingress
 
     llm = LLMConfig(**llm_options(config, facts))
-    ingress = make_fastapi_ingress(QoEIngress, endpoint_map=ENDPOINTS)
-    options = QoEIngress.get_deployment_options([llm])
+    _, ingress = make_ingress()
+    options = ingress.get_deployment_options([llm])
     return serve.deployment(ingress, **options, ray_actor_options={"num_cpus": 0}).bind(
         llm_deployments={llm.model_id: build_llm_deployment(llm)},
         model_cards={llm.model_id: to_model_metadata(llm.model_id, llm)},

@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import Request
-from ray.serve.llm.ingress import OpenAiIngress
+from ray.llm._internal.serve.core.ingress.ingress import init
+from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -20,6 +21,7 @@ from actors.serving.admission import AdmissionGate, ApiKey, find_key
 from actors.serving.config import ServingConfig
 from actors.serving.events import bearer, refusal_body
 from actors.serving.ledger import QoELedger
+from actors.serving.media import JsonOnly
 from actors.serving.page import PageEndpoints
 from actors.serving.targets import ANONYMOUS, merge_targets
 from actors.serving.visit import Visit
@@ -96,6 +98,13 @@ class QoEIngress(PageEndpoints, OpenAiIngress):  # type: ignore[misc]
         else:
             visit.end("stop")
         return response
+
+
+def make_ingress() -> tuple[Any, type[QoEIngress]]:
+    """The FastAPI application and the ingress class bound to its routes."""
+    app = init()
+    app.add_middleware(JsonOnly)
+    return app, make_fastapi_ingress(QoEIngress, endpoint_map=ENDPOINTS, app=app)
 
 
 def refusal(

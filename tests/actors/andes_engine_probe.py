@@ -28,7 +28,7 @@ BLOCKS = 17  # one reserved: room for 512 tokens
 # Pauses at the slightest gain: what is tested is that they do no harm to the text.
 PLANNER = {
     "gate": False, "refiner": False, "horizon_s": 0.2, "plan_every": 2, "max_preemptions": 5,
-    "running_bonus": 1.0, "guard_s": 0.0,
+    "running_bonus": 1.0, "guard_s": 0.0, "max_tds": 1000.0,
 }  # fmt: skip
 
 

@@ -22,10 +22,8 @@ with warnings.catch_warnings():
     import httpx
     from ray import serve
     from ray.llm._internal.serve.core.configs.openai_api_models import ModelCard
-    from ray.llm._internal.serve.core.ingress.ingress import init
-    from ray.serve.llm.ingress import make_fastapi_ingress
 
-    from actors.serving.ingress import ENDPOINTS, QoEIngress
+    from actors.serving.ingress import make_ingress
 
 from actors.serving.admission import AdmissionConfig
 from actors.serving.config import EngineConfig, ServingConfig
@@ -69,10 +67,9 @@ class Served:
 
     def __init__(self, settings: ServingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
         self.echo = Echo()
-        self.app = init()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = make_fastapi_ingress(QoEIngress, endpoint_map=ENDPOINTS, app=self.app)
+            self.app, made = make_ingress()
         monkeypatch.setattr("actors.serving.ingress.QoELedger", lambda: QoELedger(metrics=False))
         card = ModelCard(id=MODEL, object="model", owned_by="raysys", permission=[], metadata={})
         cls: Any = made.__mro__[1]
@@ -117,6 +114,19 @@ def test_targets_and_switches_reach_the_engine(served: Served) -> None:
     }  # fmt: skip  (loopback: policies may be switched, routers may not)
     assert served.ingress.ledger.totals["blue"]["requests"] == 1
     assert served.ingress.gate.inflight.total() == 0
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "multipart/form-data", "application/xml", None])
+def test_only_json_is_read(served: Served, kind: str | None) -> None:
+    async def go(headers: dict[str, str]) -> httpx.Response:
+        async with served.client() as client:
+            content = json.dumps(chat()).encode()
+            return await client.post("/v1/chat/completions", content=content, headers=headers)
+
+    answer = asyncio.run(go({"Content-Type": kind} if kind else {}))
+    assert answer.status_code == 415
+    assert answer.json()["error"]["param"] == "content-type"
+    assert asyncio.run(go({"Content-Type": "Application/JSON; charset=utf-8"})).status_code == 200
 
 
 def test_an_engine_that_dies_ends_the_stream_with_an_error(served: Served) -> None:
