@@ -70,9 +70,14 @@ def test_end_to_end_goes_on_from_kept_pieces(
     assert figures.main([str(tmp_path / "none"), "page.html"]) != 0
 
 
-@pytest.mark.usefixtures("tiny")
-def test_rivals_train_beside_ours() -> None:
-    claim: Any = bench.against_baselines(Profile())
+def test_rivals_train_beside_ours_and_stay_as_they_were_tuned(
+    tiny: tasks.Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = Profile(partial=str(tmp_path))
+    claim: Any = bench.against_baselines(profile)
+    monkeypatch.setattr(tasks, "start_for", lambda *arguments: 0.9)  # costs measured differently
+    assert runs.tuned_rivals(tiny, profile)[1] == claim.samples["tuning"]
+    assert claim.samples["tuning"]["to"]["static_2"]["options"]["start"] < 0.9
     assert set(claim.samples["margins"]) == {"linear", "static_2", "gradient"}
     points = claim.samples["points"]
     assert claim.samples["margins"]["linear"] == pytest.approx(

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.bench.kgt.runs import TUNING_SEED
 from raysys.errors import DataError, RaysysError
 from raysys.report import Cell, Plot, Section, Table, new_figure, render_page, series_color
 from raysys.runs.storage import Storage
@@ -32,8 +31,8 @@ def load(folder: str) -> dict[str, Rows]:
     found: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
     for path in sorted(Path(folder).glob("*.json")):
         piece = json.loads(path.read_text(encoding="utf-8"))
-        if "task" not in piece["key"] or piece["key"]["seed"] == TUNING_SEED:
-            continue
+        if not {"task", "seed"} <= piece["key"].keys():
+            continue  # a coreset's run, or how rivals were tuned
         vanilla = [row["cpu_s"] for row in piece["result"] if row["method"] == "vanilla"]
         for row in piece["result"]:
             ratio = row["cpu_s"] / vanilla[0] if vanilla else None

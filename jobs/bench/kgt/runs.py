@@ -7,6 +7,7 @@ between pieces and go on. Rivals are tuned to KGT's CPU time on a seed that is n
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ TUNING_SEED = 99
 CURVE_POINTS = 12
 STATIC_DEPTHS = (4, 6)
 _GRADIENT_PARTS = (4, 6, 8, 12)
+_FIRST_TARGET = 0.5
 
 PAPER: Mapping[str, Any] = {
     "scope": "frontmost", "unfreeze": "tenfold", "keep_thresholds": False, "window": 5, "every": 8,
@@ -63,14 +65,14 @@ def _piece(task: Task, methods: Mapping[str, Method], profile: Profile, seed: in
         found = tasks.side_by_side(task, methods, seed, curve_points=points)
         return [outcome.row() for outcome in found.values()]
 
-    key = {
-        "task": task.name,
-        "rows": len(task.split.train),
-        "recipe": dataclasses.asdict(task.recipe),
-        "seed": seed,
-        "methods": {name: method.key(task) for name, method in methods.items()},
-    }
+    described = {name: method.key(task) for name, method in methods.items()}
+    key = {**_task_key(task), "seed": seed, "methods": described}
     return Piece(f"{task.name}-{seed}", key, measure)
+
+
+def _task_key(task: Task) -> dict[str, Any]:
+    recipe = dataclasses.asdict(task.recipe)
+    return {"task": task.name, "rows": len(task.split.train), "recipe": recipe}
 
 
 def end_to_end(task: Task, profile: Profile) -> Runs:
@@ -96,27 +98,46 @@ def ablation(task: Task, profile: Profile) -> Runs:
 def tuned_rivals(task: Task, profile: Profile) -> tuple[dict[str, Method], dict[str, Any]]:
     """Linear, static and gradient schedules whose CPU time comes close to KGT's.
 
-    All run once on a seed of its own at settings that are predicted to match; starts are then
-    corrected by what was measured, and the interval of the gradient criterion that came closest
-    is taken. The quick profile skips the measurement.
+    Returns:
+        The rivals, and what was measured. One piece of the benchmark: starts come from measured
+        costs, so a run that goes on must take those of its first part.
     """
-    guess = 0.6
-    tried = _scheduled(task, dict.fromkeys(_schedules(), guess))
-    intervals = {f"gradient_{n}": task.steps // n for n in _GRADIENT_PARTS[: profile.pick(1, None)]}
+    key = {**_task_key(task), "tuning": TUNING_SEED, "kgt": Method("kgt").key(task)}
+    measure = functools.partial(_tune, task) if profile.full else functools.partial(_guess, task)
+    piece = Piece(f"{task.name}-tuning", {**key, "profile": profile.name}, measure)
+    (found,) = measure_pieces(profile.partial, [piece])
+    rivals = {name: Method(one["kind"], True, one["options"]) for name, one in found["to"].items()}
+    return rivals, found
+
+
+def _guess(task: Task) -> dict[str, Any]:
+    """The quick profile's tuning: predicted, not measured."""
+    rivals = _scheduled(task, dict.fromkeys(_schedules(), _FIRST_TARGET))
+    rivals["gradient"] = Method("gradient", True, {"interval": max(1, task.steps // 8)})
+    return {"target_cpu_ratio": _FIRST_TARGET, "measured": None, "to": _described(rivals)}
+
+
+def _tune(task: Task) -> dict[str, Any]:
+    """Run all rivals once on a seed that is not measured, then correct them.
+
+    The first starts are predicted from the modules' costs; they are corrected by what was
+    measured, and the gradient criterion's interval that came closest is taken.
+    """
+    tried = _scheduled(task, dict.fromkeys(_schedules(), _FIRST_TARGET))
+    intervals = {f"gradient_{n}": task.steps // n for n in _GRADIENT_PARTS}
     tried |= {k: Method("gradient", True, {"interval": n}) for k, n in intervals.items()}
-    if not profile.full:
-        named = {("gradient" if k in intervals else k): m for k, m in tried.items()}
-        return named, {"target_cpu_ratio": guess, "measured": None}
     methods = {"vanilla": VANILLA, "kgt_cached": Method("kgt"), **tried}
-    found = run_seeds(task, methods, profile, [TUNING_SEED])
-    base = found["vanilla"][0].cpu_s
-    ratio = {name: outcomes[0].cpu_s / base for name, outcomes in found.items()}
+    outcomes = tasks.side_by_side(task, methods, TUNING_SEED)
+    ratio = {name: run.cpu_s / outcomes["vanilla"].cpu_s for name, run in outcomes.items()}
     target = ratio["kgt_cached"]
-    rivals = _scheduled(task, {n: guess * target / ratio[n] for n in _schedules()})
+    rivals = _scheduled(task, {n: _FIRST_TARGET * target / ratio[n] for n in _schedules()})
     closest = min(intervals, key=lambda name: abs(ratio[name] - target))
     rivals["gradient"] = tried[closest]
-    options = {name: dict(method.options) for name, method in rivals.items()}
-    return rivals, {"target_cpu_ratio": target, "measured": ratio, "options": options}
+    return {"target_cpu_ratio": target, "measured": ratio, "to": _described(rivals)}
+
+
+def _described(rivals: Mapping[str, Method]) -> dict[str, Any]:
+    return {name: {"kind": m.kind, "options": dict(m.options)} for name, m in rivals.items()}
 
 
 def _schedules() -> list[str]:
