@@ -24,6 +24,7 @@ CLAIMS = {
     "jct_even_speedup": completion.jct_even_speedup,
     "jct_geomean_standard5": completion.jct_geomean_standard5,
     "jct_biased4": completion.jct_biased4,
+    "asynchronous_mix": completion.asynchronous_mix,
     "other_baselines": completion.other_baselines,
     "fair_share_met": fairness.fair_share_met,
     "tier_matching": matching.tier_matching,
