@@ -5,14 +5,16 @@ from __future__ import annotations
 import hmac
 import json
 import math
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from actors.venn.security import TokenAuthority
 from raysys.errors import ConfigError, DataError, InfeasibleError, StorageError
 from raysys.runs.storage import Storage
 
-FILE = "devices.json"
+FILE = "devices.jsonl"
 DEVICE_ID_BYTES = 16
 MOST_DESCRIPTION = 4096
 
@@ -33,24 +35,32 @@ class Registry:
     token_life_s: float = 30 * 86_400.0
     folder: str = ""
     devices: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _taken: set[int] = field(default_factory=set)
+    _lowest: int = 0
+    _told: int = 0
+    _told_ms: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.folder:
             return
-        storage = Storage(self.folder)
-        if storage.exists(FILE):
+        path = Path(self.folder) / FILE
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        for number, line in enumerate(lines):
             try:
-                self.devices = dict(json.loads(storage.read(FILE)))
-            except ValueError as error:
-                raise DataError(f"{self.folder}/{FILE}", str(error), "Restore or remove it") from (
-                    error
-                )
+                row = json.loads(line)
+                self._remember(str(row["id"]), int(row["client"]), float(row["sample_ms"]))
+            except (ValueError, KeyError, TypeError) as error:
+                if number == len(lines) - 1:  # torn: its device was never answered
+                    good = "".join(f"{whole}\n" for whole in lines[:-1])
+                    Storage(self.folder).write(FILE, good.encode())
+                    break
+                reason = f"line {number + 1}: {error}"
+                raise DataError(str(path), reason, "Restore or remove it") from error
 
     @property
     def mean_sample_ms(self) -> float:
         """Mean time per sample of the devices that told theirs; 0 when none did."""
-        told = [d["sample_ms"] for d in self.devices.values() if d.get("sample_ms", 0) > 0]
-        return math.fsum(told) / len(told) if told else 0.0
+        return self._told_ms / self._told if self._told else 0.0
 
     def enrol(self, device: bytes, code: str, description: str, now_s: float) -> str:
         """Take a device in and return its token; a device may enrol again at any time.
@@ -66,10 +76,12 @@ class Registry:
         name = device.hex()
         held = self.devices.get(name)
         client = held["client"] if held else self._number(facts.get("client"))
-        sample_ms = float(facts.get("sample_ms", 0.0))
-        told = sample_ms if math.isfinite(sample_ms) and 0 < sample_ms < 1e7 else 0.0
-        self.devices[name] = {"client": client, "sample_ms": told}
-        self._keep()
+        sample_ms: Any = facts.get("sample_ms")
+        number = isinstance(sample_ms, (int, float)) and math.isfinite(sample_ms)
+        told = float(sample_ms) if number and 0 < sample_ms < 1e7 else 0.0
+        if held is None or held["sample_ms"] != told:
+            self._keep(name, client, told)
+            self._remember(name, client, told)
         if self.authority is None:
             return ""
         return self.authority.issue(name, "device", now_s, self.token_life_s)
@@ -86,20 +98,35 @@ class Registry:
         return int(found["client"])
 
     def _number(self, wanted: Any) -> int:
-        taken = {device["client"] for device in self.devices.values()}
-        if isinstance(wanted, int) and 0 <= wanted < self.clients and wanted not in taken:
+        if isinstance(wanted, int) and 0 <= wanted < self.clients and wanted not in self._taken:
             return wanted
-        free = next((n for n in range(self.clients) if n not in taken), None)
-        if free is None:
+        while self._lowest in self._taken:
+            self._lowest += 1
+        if self._lowest >= self.clients:
             raise InfeasibleError("enrolment", f"all {self.clients} places are taken", "")
-        return free
+        return self._lowest
 
-    def _keep(self) -> None:
-        if self.folder:
-            try:
-                Storage(self.folder).write(FILE, json.dumps(self.devices).encode())
-            except StorageError as error:
-                raise StorageError(self.folder, error.reason, "Free space") from error
+    def _remember(self, name: str, client: int, sample_ms: float) -> None:
+        before = self.devices.get(name, {"sample_ms": 0.0})["sample_ms"]
+        self._told += (sample_ms > 0) - (before > 0)
+        self._told_ms += sample_ms - before
+        self._taken.add(client)
+        self.devices[name] = {"client": client, "sample_ms": sample_ms}
+
+    def _keep(self, name: str, client: int, sample_ms: float) -> None:
+        """Append to the file before the device is answered."""
+        if not self.folder:
+            return
+        row = json.dumps({"id": name, "client": client, "sample_ms": sample_ms})
+        try:
+            Path(self.folder).mkdir(parents=True, exist_ok=True)
+            with (Path(self.folder) / FILE).open("a", encoding="utf-8") as file:
+                file.write(row + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise StorageError(self.folder, reason, "Free space") from error
 
 
 def _facts(description: str) -> dict[str, Any]:

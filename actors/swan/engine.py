@@ -45,6 +45,7 @@ from raysys.federated.swan.topology import Topology
 
 ENFORCED_SHARE = 0.8
 MIN_CHECKED_S = 0.2
+SLOW_S = 1.0  # heat, supply and hot-plug change slowly; looking costs more than the rest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -270,14 +271,16 @@ class Swan:
         return self._asked_to_pause or self.pilot.choice is None
 
     def _watch(self) -> None:
+        slow_s, celsius, battery = -math.inf, math.nan, None
         while not self._stop.wait(self.config.sample_s):
             demand = self._pressure.look()
-            celsius = read_celsius(self._sys)
-            battery, _ = read_battery(self._sys)
             with self._wake:
                 now_s = self._clock()
+                if now_s - slow_s >= SLOW_S:
+                    slow_s, celsius = now_s, read_celsius(self._sys)
+                    battery, _ = read_battery(self._sys)
+                    self._leave_unplugged(now_s)
                 self._apply(self.pilot.on_sample(now_s, demand, celsius, battery))
-                self._leave_unplugged(now_s)
                 if not self._paused():
                     self._wake.notify_all()
 

@@ -306,8 +306,14 @@ def test_registry_keeps_its_devices(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError):
             again.enrol(device, code, text, 0.0)
-    (tmp_path / "devices.json").write_text("{")
-    with pytest.raises(DataError):
+    kept = tmp_path / "devices.jsonl"
+    kept.write_text(kept.read_text() + '{"id": "torn')
+    mended = Registry("c", 2, folder=str(tmp_path))
+    assert mended.client_of(b"a" * 16) == 1
+    mended.enrol(b"e" * 16, "c", '{"client": "x", "sample_ms": "y"}', 0.0)
+    assert Registry("c", 2, folder=str(tmp_path)).client_of(b"e" * 16) == 0
+    kept.write_text('{"id": "torn\n' + kept.read_text())
+    with pytest.raises(DataError, match="line 1"):
         Registry("c", 2, folder=str(tmp_path))
 
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from actors.swan.affinity import apply_affinity
 from actors.swan.checkpoint import ResumableSampler, random_state
 from actors.swan.engine import EngineConfig, Swan
 from raysys import machine
@@ -28,7 +27,7 @@ SAMPLES, BATCH = 512, 16
 
 
 class Sums:
-    """A small task with all kinds of state: momentum, dropout, a schedule, a shuffled sampler."""
+    """A small task with all kinds of state: Adam's moments, dropout, a shuffled sampler."""
 
     def __init__(self, seed: int = 0) -> None:
         torch.manual_seed(seed)
@@ -37,7 +36,6 @@ class Sums:
             nn.Linear(256, 10),
         )  # fmt: skip
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
-        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 50, 0.9)
         rng = np.random.default_rng(seed)
         self.inputs = torch.from_numpy(rng.standard_normal((SAMPLES, 64)).astype(np.float32))
         self.labels = torch.from_numpy(rng.integers(0, 10, SAMPLES))
@@ -161,8 +159,3 @@ def run_kills(folder: Path, kills: int, interval_s: float, steps: int) -> dict[s
     if done.returncode:
         raise RemoteError("kill_program", done.stderr[-2000:], "See its output")
     return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
-def restore_cores(cores: list[int]) -> None:
-    """Put all threads back; for callers that forced moves."""
-    apply_affinity(cores)
