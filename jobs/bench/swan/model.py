@@ -116,8 +116,9 @@ def explored(
 ) -> tuple[float, float, Choice]:
     """One exploration on a cool phone: gap to the oracle, and cost as a share of 200 best steps.
 
-    With ``shared``, a profile of other phones of the kind is only verified. The gap compares noise-free times of the choice that was settled on and of the best one; the
-    cost is the noise-free excess of every step of the exploration.
+    With ``shared``, a profile of other phones of the kind is only verified. The gap compares
+    noise-free times of the choice that was settled on and of the best one; the cost is the
+    noise-free excess of every step of the exploration.
     """
     cool = dataclasses.replace(phone, heat_j_per_k=1e9)
     known = shared_profile(phone, workload, beta) if shared else None
