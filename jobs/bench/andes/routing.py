@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,9 @@ def _measured(seeds: list[int]) -> dict[int, dict[str, Any]]:
                     for router in ROUTERS if index % 2 == 0 else reversed(ROUTERS):
                         chats = contest_chats(CONTEST, seed)
                         streams = run_policy(client, chats, "andes", router=router)
-                        _MEASURED[seed][router] = _figures(streams)
+                        figures = _MEASURED[seed][router] = _figures(streams)
+                        # Long runs get interrupted: what was measured is told as it comes.
+                        print(f"router_gain: seed {seed}, {router}: {figures}", file=sys.stderr)
         finally:
             if session is not None:
                 session.close()
