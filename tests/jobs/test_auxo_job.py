@@ -78,7 +78,7 @@ def test_the_tree_and_its_reasons_are_told() -> None:
     text = "\n".join(lines(FACTS))
     assert "20  0 split into 0.0, 0.1  stability K=2: 0.97" in text
     assert "1.00 of the whole is left inside" in text
-    assert "dispersion unusable" in text
+    assert "dispersion too small to judge" in text
     assert "    cohort 0.1.1 (trains, 15 members): no stable number of parts" in text
     assert "1 blocked" in text
     page = render_page("t", "s", [cohort_section(FACTS)])

@@ -17,7 +17,7 @@ from raysys import machine
 from raysys.bench import Profile
 from raysys.federated.auxo.auxo import STRIDE, Auxo
 from raysys.federated.auxo.baselines import Cfl, FlexCfl, Ifca, OnePass
-from raysys.federated.auxo.config import AuxoConfig, published
+from raysys.federated.auxo.config import AuxoConfig, published, repaired
 from raysys.federated.auxo.grouped import GroupedLines, random_groups
 from raysys.federated.auxo.planted import (
     CohortScore,
@@ -42,7 +42,9 @@ LOCAL = LocalConfig(epochs=1, batch_size=10, lr=0.1)
 PER_ROUND, EVERY = 100, 10
 TARGETS = (0.6, 0.7, 0.8, 0.85)
 INNER = ("fedavg", "fedyogi", "fedprox", "qfedavg")
-METHODS = ("auxo", "published", "fedavg", "ifca", "cfl", "fl+hc", "flexcfl", "random", "oracle")
+METHODS = (
+    "auxo", "published", "repaired", "fedavg", "ifca", "cfl", "fl+hc", "flexcfl", "random", "oracle",
+)  # fmt: skip
 Row = dict[str, Any]
 
 
@@ -184,6 +186,7 @@ def make_strategy(run: Run, spec: ModelSpec, data: Planted) -> Any:
     rivals: dict[str, Callable[[], Any]] = {
         "auxo": lambda: Auxo(run.config or AuxoConfig(), PER_ROUND, line),
         "published": lambda: Auxo(published(), PER_ROUND, line),
+        "repaired": lambda: Auxo(repaired(), PER_ROUND, line),
         "fedavg": lambda: GroupedLines(1, PER_ROUND, line),
         "oracle": lambda: GroupedLines(groups, PER_ROUND, line, data.group_of),
         "random": lambda: GroupedLines(groups, PER_ROUND, line, some),

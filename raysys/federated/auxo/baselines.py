@@ -58,13 +58,12 @@ class Ifca(GroupedLines):
 class Cfl(GroupedLines):
     """CFL (Sattler et al. 2021): everybody trains; a group splits in two by the cosine of updates.
 
-    A group splits when its mean update is short (below ``eps_1``) while some member's is not (above
-    ``eps_2``), into the two parts that minimise the largest cosine across. Here both bounds are
-    relative to the largest mean update seen, since the published ones are absolute and tuned per
-    task. Updates are compared by sketches.
+    A group splits when its mean update is short (below 0.4) while some member's is not (above 1.6),
+    into the two parts that minimise the largest cosine across. The published bounds are absolute
+    and tuned per task; here the mean must be below a share of the longest. Compared by sketches.
 
     Args:
-        eps_1, eps_2: bounds of the mean and of the longest update, relative.
+        share: largest mean over longest update at which a group splits; 1/4 as published.
         warm_rounds: rounds before the first split.
     """
 
@@ -73,15 +72,13 @@ class Cfl(GroupedLines):
         clients: int,
         make_inner: Callable[[], FedAvg],
         max_groups: int = 8,
-        eps_1: float = 0.4,
-        eps_2: float = 0.4,
+        share: float = 0.25,
         warm_rounds: int = 2,
     ) -> None:
         super().__init__(1, clients, make_inner)
         self._max = max_groups
-        self._eps = eps_1, eps_2
+        self._share = share
         self._warm = warm_rounds
-        self._largest = 0.0
 
     def feedback_spec(self) -> FeedbackSpec:
         """Sketches of all updates."""
@@ -100,20 +97,9 @@ class Cfl(GroupedLines):
                 continue
             mean = float(np.linalg.norm(sketch[rows].mean(axis=0)))
             longest = float(np.linalg.norm(sketch[rows], axis=1).max())
-            self._largest = max(self._largest, mean)
             due = round_id + 1 >= self._warm and len(self.lines) < self._max
-            still = mean < self._eps[0] * self._largest
-            if due and still and longest > self._eps[1] * self._largest:
+            if due and mean < self._share * longest:
                 self._split(group, clients[rows], sketch[rows])
-
-    def state(self) -> StateArrays:
-        """The lines, and the longest mean update so far."""
-        return {**super().state(), "largest": np.array([self._largest])}
-
-    def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Restore :meth:`state`."""
-        super().load(state)
-        self._largest = float(state["largest"][0])
 
     def _split(self, group: int, clients: IntArray, sketch: FloatArray) -> None:
         units = sketch / np.maximum(np.linalg.norm(sketch, axis=1, keepdims=True), 1e-12)
@@ -185,7 +171,7 @@ class FlexCfl(GroupedLines):
         pretrain: int | None = None,
     ) -> None:
         super().__init__(groups, clients_per_round, make_inner)
-        self._pretrain = pretrain or 20 * groups
+        self._pretrain = pretrain or 50 * groups
         self._seed = 0
         self._start = np.zeros(0, dtype=np.float32)
         self._centroids = np.zeros((0, 0))

@@ -118,6 +118,13 @@ class AuxoConfig:
             )  # fmt: skip
 
 
+def repaired(**changes: object) -> AuxoConfig:
+    """The printed rules without their two worst faults: undamped lending, and no coverage wait."""
+    base = published(cover=0.85)
+    rules = dataclasses.replace(base.rules, propagation="negative")
+    return dataclasses.replace(base, rules=rules, **changes)  # type: ignore[arg-type]
+
+
 def published(**changes: object) -> AuxoConfig:
     """The printed rules. The literal criterion never fires, so the gate is agreement (point 5)."""
     rules = RuleConfig(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raysys.report import Plot, Section, Table, new_figure, series_color
+from raysys.report.figures import INK
 
 Facts = Mapping[str, Any]
 
@@ -72,8 +73,9 @@ def tree_plot(facts: Facts) -> Plot:
         if cohort["members"] is not None:
             label += f"\n{cohort['members']:.0f}"
         axes.annotate(
-            label, (x, y), textcoords="offset points", xytext=(16, -4), fontsize=9, va="center"
-        )
+            label, (x, y), xytext=(16, 0), textcoords="offset points", fontsize=9, va="center",
+            color=INK,
+        )  # fmt: skip
     axes.set_xlabel("round in which the cohort began")
     axes.set_yticks([])
     axes.margins(x=0.15, y=0.2)
@@ -129,7 +131,7 @@ def _event_row(event: Facts, facts: Facts) -> list[str]:
 def _evidence(found: Facts) -> str:
     stability = ", ".join(f"K={k}: {value:.2f}" for k, value in found["stability"].items())
     spread = found["dispersion"]
-    gate = "unusable"
+    gate = "too small to judge"
     if spread["total"] is not None and (spread["total_low"] or 0) > 0:
         gate = f"{spread['within'] / spread['total']:.2f} of the whole is left inside"
     return (
