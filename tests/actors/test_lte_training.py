@@ -34,24 +34,24 @@ def program(tmp_path: Path) -> ProgramConfig:
                          stage=StageConfig(steps=6, batch=4), checkpoint_every=2)  # fmt: skip
 
 
-def dying_worker(options: dict[str, Any]) -> None:
-    """Kills its own process once, after the second state."""
-    config = options["config"]
-    marker = Path(config["out"] + ".died")
-
-    def report(figures: dict[str, Any], state: bytes | None) -> None:
-        report_to_ray(figures, state)
-        if figures["step"] == 3 and not marker.exists():
-            marker.write_text("")
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    run_worker(options, report)
-
-
 @pytest.mark.filterwarnings("ignore")  # Ray's own deprecations
 def test_a_killed_worker_resumes_exactly(
     ray_session: Session, program: ProgramConfig, tmp_path: Path
 ) -> None:
+    def dying_worker(options: dict[str, Any]) -> None:
+        """Kills its own process once, after the second state; local, so that Ray sends it by
+        value.
+        """
+        marker = Path(options["config"]["out"] + ".died")
+
+        def report(figures: dict[str, Any], state: bytes | None) -> None:
+            report_to_ray(figures, state)
+            if figures["step"] == 3 and not marker.exists():
+                marker.write_text("")
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        run_worker(options, report)
+
     expected = train(program, lambda *_: None)
     found = fit(program, str(tmp_path / "storage"), "stage", worker=dying_worker)
     assert (tmp_path / "out.died").exists()

@@ -69,7 +69,7 @@ def deja_vu(
     found: list[Selector] = []
     for gate, sample in zip(sparse.gates, _collect(sparse, batches)):
         x, size = torch.cat(sample.x), torch.cat(sample.a).abs()
-        width = max(16, gate.ffn.hidden // 4)
+        width = predictor_width(gate.ffn.hidden)
         torch.manual_seed(seed)
         network = nn.Sequential(
             nn.Linear(gate.ffn.hidden, width, bias=False),
@@ -82,6 +82,11 @@ def deja_vu(
         _train(network, x, target, size, top, epochs, 1e-3, weight, seed)
         found.append(Predicted(network, sparsity))
     return found
+
+
+def predictor_width(hidden: int) -> int:
+    """Width of Deja Vu's bottleneck."""
+    return max(16, hidden // 4)
 
 
 @torch.no_grad()
