@@ -14,6 +14,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from actors.federated.cohorts import build_auxo
 from actors.federated.coordinator import EXPLAIN_FILE, RoundSummary
 from actors.federated.driver import FederatedRun
@@ -26,16 +29,23 @@ from raysys.errors import ConfigError, InfeasibleError, RaysysError
 from raysys.federated.auxo.config import AuxoConfig
 from raysys.federated.auxo.drawing import cohort_section, lines
 from raysys.federated.core.datasets import FederatedData
-from raysys.federated.core.model import layout_of
+from raysys.federated.core.evaluation import outputs
+from raysys.federated.core.model import ModelSpec, layout_of
 from raysys.federated.core.population import Population
 from raysys.federated.core.recipe import FederatedConfig, load_data, make_job, make_population
 from raysys.federated.core.serialize import pack_arrays
 from raysys.federated.fed_ensemble.ensemble import EnsembleConfig
+from raysys.federated.fed_ensemble.prediction import (
+    fit_temperature,
+    loss_by_temperature,
+    predict,
+)
 from raysys.report import Plot, Section, Table, new_figure, render_page
 from raysys.runs import RunDirectory
 
 REPORT = "report.html"
 MODEL_FILE = "model.arrow"
+MODEL_FACTS = "model.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +59,8 @@ class FederateConfig:
         auxo: find cohorts of similar clients while training (Auxo); None has one cohort.
         rounds: number of rounds.
         workers: worker actors. worker_cpus: logical CPUs each of them reserves.
+        combiners: actors that add up the workers' sums; None takes one per eight workers beyond
+            the first eight.
         evaluate_every: rounds between evaluations; 0 for none.
         checkpoint_every: rounds between checkpoints; 0 for none.
     """
@@ -60,6 +72,7 @@ class FederateConfig:
     rounds: int = 100
     workers: int = 2
     worker_cpus: float = 1.0
+    combiners: int | None = None
     evaluate_every: int = 10
     checkpoint_every: int = 20
 
@@ -67,6 +80,8 @@ class FederateConfig:
         check_range(self, "rounds", 1)
         check_range(self, "workers", 1)
         check_range(self, "worker_cpus", 0)
+        if self.combiners is not None:
+            check_range(self, "combiners", 0)
         check_range(self, "evaluate_every", 0)
         check_range(self, "checkpoint_every", 0)
 
@@ -100,6 +115,7 @@ def run(config: FederateConfig, context: JobContext) -> Summary:
         spec,
         workers=config.workers,
         worker_cpus=config.worker_cpus,
+        combiners=config.combiners,
         run_uri=context.run.uri,
         checkpoint_every=config.checkpoint_every,
         evaluate_every=config.evaluate_every,
@@ -114,6 +130,8 @@ def run(config: FederateConfig, context: JobContext) -> Summary:
         models = _model_names(config, explained)
         members = {name: federated.weights(model) for name, model in models.items()}
         context.run.storage.write(MODEL_FILE, pack_arrays(members))
+        stacked = np.stack(list(members.values()))
+        context.run.write_json(MODEL_FACTS, _model_facts(spec, stacked, data))
         facts = federated.health()
     finally:
         federated.close()
@@ -216,6 +234,8 @@ def _finish(
         lines.append(
             f"test loss {score.loss:.4f}, accuracy {score.accuracy:.4f} ({score.n} samples)"
         )
+    if facts["privacy"] is not None:
+        lines.append(facts["privacy"]["statement"])
     context.run.write_json("result.json", _result(config, summaries, trained, speed, facts))
     report = render_page(
         "Federated training",
@@ -229,6 +249,26 @@ def _finish(
     )
     context.run.storage.write(REPORT, report.encode())
     return Summary(lines=lines, report=REPORT)
+
+
+def _model_facts(
+    spec: ModelSpec, members: npt.NDArray[np.float32], data: FederatedData
+) -> dict[str, Any]:
+    """What serving needs beside the weights; the temperature is fitted on the test set."""
+    temperature = 1.0
+    if spec.task == "classification" and len(np.unique(data.test_targets)) > 1:
+        inputs = data.test_samples().inputs
+        logits = np.stack([outputs(spec, row, inputs).numpy() for row in members])
+        losses = loss_by_temperature(predict(logits).probabilities, data.test_targets)
+        temperature = fit_temperature(losses, len(data.test_targets), data.classes)
+    return {
+        "shape": list(data.inputs.shape[1:]),
+        "classes": data.classes,
+        "outputs": data.classes or int(data.targets.shape[1]),
+        "vocabulary": data.vocabulary,
+        "members": len(members),
+        "temperature": temperature,
+    }
 
 
 def _row(summary: RoundSummary) -> dict[str, Any]:
@@ -254,6 +294,7 @@ def _result(
         "clients_per_s": speed,
         "rung": facts["rung"],
         "replaced_workers": facts["replaced"],
+        "privacy": facts["privacy"],
         "test_loss": last.loss if last and math.isfinite(last.loss) else None,
         "test_accuracy": last.accuracy if last and math.isfinite(last.accuracy) else None,
     }
@@ -309,6 +350,8 @@ def _table(config: FederateConfig, summaries: list[RoundSummary], facts: dict[st
         ["rung", facts["rung"]],
         ["workers replaced", str(facts["replaced"])],
     ]
+    if facts["privacy"] is not None:
+        rows.append(["privacy", facts["privacy"]["statement"]])
     return Section(title="Totals", tables=[Table(headers=["what", "how much"], rows=rows)])
 
 

@@ -34,11 +34,16 @@ LOST = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Call:
-    """One method call for any worker; ``tag`` tells the caller what the result belongs to."""
+    """One method call for any worker; ``tag`` tells the caller what the result belongs to.
+
+    With ``parts`` the method returns two values: the first is fetched, of the second only the
+    reference, so that large results need not pass through the caller.
+    """
 
     tag: Any
     method: str
     arguments: tuple[Any, ...]
+    parts: bool = False
 
 
 class WorkerPool:
@@ -57,6 +62,7 @@ class WorkerPool:
         self._handles: list[Any] = [make_worker() for _ in range(workers)]
         self._load = [0] * workers
         self._flying: dict[Any, tuple[int, Call]] = {}
+        self._rest: dict[Any, Any] = {}
         self._max_replacements = max_replacements
         self.replaced = 0
         self.reissued = 0
@@ -78,6 +84,7 @@ class WorkerPool:
         while self._flying:
             ready, _ = ray.wait(list(self._flying), num_returns=1)
             worker, call = self._flying.pop(ready[0])
+            rest = self._rest.pop(ready[0], None)
             try:
                 result = ray.get(ready[0])
             except LOST as error:
@@ -85,7 +92,7 @@ class WorkerPool:
             else:
                 self._load[worker] -= 1
                 self._fill(queue)
-                yield call.tag, result
+                yield call.tag, (result, rest) if call.parts else result
             self._fill(queue)
 
     def each(self, method: str, *arguments: Any) -> list[Any]:
@@ -98,6 +105,7 @@ class WorkerPool:
         for handle in handles:
             ray.kill(handle)
         self._flying.clear()
+        self._rest.clear()
 
     def _fill(self, queue: collections.deque[Call]) -> None:
         while queue:
@@ -105,7 +113,12 @@ class WorkerPool:
             if self._load[worker] >= IN_FLIGHT_PER_WORKER:
                 return
             call = queue.popleft()
-            ref = getattr(self._handles[worker], call.method).remote(*call.arguments)
+            method = getattr(self._handles[worker], call.method)
+            if call.parts:
+                ref, rest = method.options(num_returns=2).remote(*call.arguments)
+                self._rest[ref] = rest
+            else:
+                ref = method.remote(*call.arguments)
             self._flying[ref] = (worker, call)
             self._load[worker] += 1
 
@@ -120,6 +133,8 @@ class WorkerPool:
             ) from error  # fmt: skip
         lost = [ref for ref, (owner, _) in self._flying.items() if owner == worker]
         again = [call, *(self._flying.pop(ref)[1] for ref in lost)]
+        for ref in lost:
+            self._rest.pop(ref, None)
         queue.extendleft(reversed(again))
         self.reissued += len(again)
         self.replaced += 1

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from raysys.federated.core.calibration import time_rungs
+from raysys.federated.core.combining import split_sums
 from raysys.federated.core.datasets import as_samples
 from raysys.federated.core.evaluation import Score, client_scores, evaluate
 from raysys.federated.core.messages import Partial, TrainTask
@@ -63,6 +64,15 @@ class WorkerActor:
         partial = train_task(task, weights_KP, self._samples, self._population, controls_kP)
         self._tasks += 1
         return dataclasses.replace(partial, busy_s=self._clock() - begin)
+
+    def train_split(
+        self,
+        weights_KP: npt.NDArray[np.float32],
+        task: TrainTask,
+        controls_kP: npt.NDArray[np.float32] | None = None,
+    ) -> tuple[Partial, npt.NDArray[np.float64]]:
+        """As :meth:`train`, with the large sums apart, for a combiner to fetch."""
+        return split_sums(self.train(weights_KP, task, controls_kP))
 
     def evaluate(
         self, weights_MP: npt.NDArray[np.float32], spec: ModelSpec, mix: list[float]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import types
 from typing import Any
 
 import numpy as np
 import pytest
 
 from actors.federated.driver import FederatedRun
-from actors.federated.ensemble import EnsembleEndpoint, build_ensemble
+from actors.federated.endpoint import EnsembleEndpoint
+from actors.federated.ensemble import build_ensemble
 from actors.session import Session
 from raysys.errors import ConfigError
 from raysys.federated.core.model import Mlp, ModelSpec, initial_weights
@@ -31,8 +33,10 @@ SPEC = ModelSpec(architecture=Mlp(sizes=(4, 6, 3)))
 class Request:
     """What the endpoint needs of a Starlette request."""
 
-    def __init__(self, body: str) -> None:
+    def __init__(self, body: str, path: str = "/predict", method: str = "POST") -> None:
         self._body = body
+        self.method = method
+        self.url = types.SimpleNamespace(path=path)
 
     async def json(self) -> Any:
         return json.loads(self._body)
@@ -44,8 +48,10 @@ def endpoint() -> EnsembleEndpoint:
     return EnsembleEndpoint(SPEC, members, (4,))
 
 
-def ask(endpoint: EnsembleEndpoint, body: str) -> tuple[int, Any]:
-    response = asyncio.run(endpoint(Request(body)))
+def ask(
+    endpoint: EnsembleEndpoint, body: str, path: str = "/predict", method: str = "POST"
+) -> tuple[int, Any]:
+    response = asyncio.run(endpoint(Request(body, path, method)))
     return response.status_code, json.loads(response.body)
 
 
@@ -59,7 +65,16 @@ def test_endpoint_answers_prediction_and_disagreement(endpoint: EnsembleEndpoint
         endpoint, json.dumps({"inputs": [[0.1, 0.2, 0.3, 0.4]], "weights": [1.0, 0.0, 0.0]})
     )
     assert personal["probabilities"][0] != pytest.approx(answer["probabilities"][0])
-    assert endpoint.health() == {"members": 3}
+    status, facts = ask(endpoint, "", "/health", "GET")
+    assert (status, facts["members"], facts["shape"]) == (200, 3, [4])
+    assert ask(endpoint, "", "/nowhere")[0] == 404
+    sample = {"inputs": [[0.1, 0.2, 0.3, 0.4]] * 8, "labels": [answer["labels"][0]] * 8}
+    status, own = ask(endpoint, json.dumps(sample), "/personal")
+    assert status == 200
+    assert sum(own["weights"]) == pytest.approx(1)
+    assert np.argmax(own["weights"]) == np.argmin(own["member_losses"])
+    wrong = json.dumps({**sample, "labels": [7] * 8})
+    assert ask(endpoint, wrong, "/personal")[0] == 422
     endpoint.close()
 
 

@@ -87,6 +87,24 @@ def predict(
     return Prediction(combined, members, entropy(combined), mix @ entropy(members))
 
 
+def predict_values(
+    outputs_KNO: npt.NDArray[np.float32],
+    weights: FloatArray | None = None,
+    noise_variance: float = 0.0,
+) -> tuple[FloatArray, FloatArray]:
+    """Regression: mean of the members, and the standard deviation around it, both [N, O].
+
+    Args:
+        noise_variance: estimate of the targets' own noise, added to the members' spread.
+    """
+    values = np.asarray(outputs_KNO, dtype=np.float64)
+    mix = _mixing(outputs_KNO, weights)
+    finite = np.where(mix[:, None, None] > 0, values, 0.0)
+    mean = np.tensordot(mix, finite, axes=1)
+    spread = np.tensordot(mix, (finite - mean) ** 2, axes=1) + noise_variance
+    return mean, np.sqrt(spread)
+
+
 def softmax(logits: FloatArray) -> FloatArray:
     """Softmax over the last axis."""
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))

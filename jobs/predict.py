@@ -1,0 +1,107 @@
+"""Serve a model or ensemble that `raysys federate` trained: predictions and disagreement over HTTP.
+
+`raysys predict --set run=RUN_DIRECTORY` listens on loopback until Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import numpy as np
+
+from actors.federated.endpoint import EnsembleEndpoint
+from actors.serving.endpoint import check_port
+from jobs.federate import MODEL_FACTS, MODEL_FILE, FederateConfig
+from jobs.launcher import Job, JobContext, Summary, main
+from raysys.config import check, check_range, config_from_dict
+from raysys.errors import DataError
+from raysys.federated.core.datasets import FederatedData
+from raysys.federated.core.model import ModelSpec
+from raysys.federated.core.serialize import unpack_arrays
+from raysys.runs import RunDirectory
+
+APPLICATION = "federated"
+CHECK_S = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PredictConfig:
+    """A served model.
+
+    Args:
+        run: run directory of ``raysys federate``, a path or a URI.
+        host, port: where to listen. replicas: copies of the model.
+        temperature: of the prediction; None takes the one that training fitted.
+    """
+
+    run: str = ""
+    host: str = "127.0.0.1"
+    port: int = 8001
+    replicas: int = 1
+    temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        check(self, "run", bool(self.run), "the run directory of a finished `raysys federate`")
+        check_range(self, "port", 1, 65535)
+        check_range(self, "replicas", 1)
+        if self.temperature is not None:
+            check_range(self, "temperature", 0, low_open=True)
+
+
+def load_endpoint(config: PredictConfig) -> tuple[Any, ...]:
+    """Arguments of :class:`EnsembleEndpoint` from a run directory.
+
+    Raises:
+        StorageError: no such run. DataError: it has no model, or a damaged one.
+    """
+    run = RunDirectory.open(config.run)
+    if not run.storage.exists(MODEL_FILE):
+        raise DataError(config.run, f"has no {MODEL_FILE}", "Let the run finish: --resume")
+    facts = run.read_json(MODEL_FACTS)
+    trained = config_from_dict(FederateConfig, run.manifest.config)
+    spec = _spec(trained, facts)
+    arrays = unpack_arrays(run.storage.read(MODEL_FILE), MODEL_FILE)
+    members = np.stack([arrays[name] for name in sorted(arrays)])
+    temperature = config.temperature or facts["temperature"]
+    return spec, members, tuple(facts["shape"]), temperature, facts["vocabulary"]
+
+
+def _spec(trained: FederateConfig, facts: dict[str, Any]) -> ModelSpec:
+    """The model's spec needs shapes only, so one empty sample stands for the data."""
+    classes, vocabulary = facts["classes"], facts["vocabulary"]
+    inputs = np.zeros((1, *facts["shape"]), dtype=np.int64 if vocabulary else np.float32)
+    targets = np.zeros(1, dtype=np.int64) if classes else np.zeros((1, facts["outputs"]))
+    data = FederatedData(
+        name="shape", inputs=inputs, targets=targets, test_inputs=inputs, test_targets=targets,
+        classes=classes, vocabulary=vocabulary,
+    )  # fmt: skip
+    return trained.recipe.model.spec(data)
+
+
+def run(config: PredictConfig, context: JobContext) -> Summary:
+    """Serve until interrupted."""
+    check_port(config.host, config.port)
+    arguments = load_endpoint(config)
+    context.ray(num_cpus=max(2, config.replicas))
+    from ray import serve
+
+    serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
+    try:
+        deployment = serve.deployment(EnsembleEndpoint).options(num_replicas=config.replicas)
+        serve.run(deployment.bind(*arguments), name=APPLICATION, route_prefix="/")
+        url = f"http://{config.host}:{config.port}"
+        members = len(arguments[1])
+        context.console.print(f"{members} models at {url}/predict (Ctrl-C ends it)")
+        context.metrics.event("ready", url=url)
+        while True:  # Serve replaces replicas that die; the launcher ends this by an exception
+            time.sleep(CHECK_S)
+    finally:
+        serve.shutdown()
+
+
+JOB = Job(name="predict", config=PredictConfig, run=run)
+
+if __name__ == "__main__":
+    raise SystemExit(main(JOB))
