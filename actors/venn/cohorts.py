@@ -21,7 +21,7 @@ from actors.venn.client import JobClient
 from actors.venn.enrolment import Enrolment, Fleet, device_number
 from actors.venn.security import SecurityConfig
 from raysys.config import check, check_range
-from raysys.errors import ConfigError, InfeasibleError
+from raysys.errors import ConfigError, InfeasibleError, RemoteError
 from raysys.federated.core.devices import CostOf, DeviceConfig, Outcome, response_times
 from raysys.federated.core.engine import FederatedJob
 from raysys.federated.core.messages import IntArray
@@ -32,7 +32,7 @@ from raysys.federated.core.strategy import RoundReport, SelectsDevices, Strategy
 from raysys.federated.venn.gateway import DECLINED, DONE, FAILED
 
 MakeJob = Callable[[Population], FederatedJob]
-_EVENT_WAIT_S = 2.0
+_EVENT_WAIT_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +123,7 @@ class _Ticket:
 class VennDevices:
     """A strategy whose devices come from Venn; everything else is the wrapped strategy's.
 
-    Connects at the first round and leaves the service when it is closed or the process ends.
+    Connects at the first round; :meth:`leave` or :func:`finish_job` end the job at the service.
     """
 
     def __init__(self, inner: Strategy, config: VennConfig) -> None:
@@ -215,10 +215,7 @@ class VennDevices:
             await self._leave(set(), success=False)
         config, fleet = self.config, self._fleet
         await fleet.release(fleet.arrived(), DECLINED)  # late for an earlier round
-        async with self._job() as job:
-            ticket = await job.open_round(
-                wanted, config.deadline_s, overcommit=overcommit, lease_s=config.lease_s
-            )
+        ticket = await self._open(wanted, overcommit, fleet)
         self._ticket = _Ticket(ticket.round_id, {})
         try:
             async with asyncio.timeout(config.deadline_s):
@@ -243,12 +240,31 @@ class VennDevices:
         return np.sort(np.fromiter(self._ticket.leases, np.int64))
 
     async def _enter(self, population: Population) -> Fleet:
-        """Start the fleet and register; close what an earlier life of this job left open."""
+        """Start the fleet and register."""
         config = self.config
         fleet = Fleet(config.addresses, config.population, population, config.security)
-        endpoint = await fleet.start(config.host)
+        await fleet.start(config.host)
         async with self._job() as job:
-            await job.register(config.requirement, rounds=config.rounds, upload_endpoint=endpoint)
+            await self._register(job, fleet)
+        return fleet
+
+    async def _register(self, job: JobClient, fleet: Fleet) -> None:
+        config = self.config
+        await job.register(config.requirement, rounds=config.rounds, upload_endpoint=fleet.endpoint)
+
+    async def _open(self, wanted: int, overcommit: float, fleet: Fleet) -> Any:
+        """Open a round; its ticket.
+
+        After a refusal it is tried once more: the service may have forgotten a job that was silent
+        for long, and an earlier life of this job may have left a round open.
+        """
+        config = self.config
+        more = {"overcommit": overcommit, "lease_s": config.lease_s}
+        async with self._job() as job:
+            try:
+                return await job.open_round(wanted, config.deadline_s, **more)
+            except RemoteError:
+                await self._register(job, fleet)
             try:
                 async with asyncio.timeout(_EVENT_WAIT_S):
                     async for event in job.events():
@@ -256,7 +272,7 @@ class VennDevices:
                         break
             except TimeoutError:
                 pass  # nothing was open
-        return fleet
+            return await job.open_round(wanted, config.deadline_s, **more)
 
     async def _collect(self, suits: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
         """Take the devices that came; those that do not fit the job are declined."""

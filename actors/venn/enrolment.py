@@ -79,14 +79,14 @@ class Fleet:
         self._arrivals: list[Enrolment] = []
         self._server: asyncio.Server | None = None
         self._secret = secrets.token_hex(16)
-        self._endpoint = ""
+        self.endpoint = ""
 
     async def start(self, host: str) -> str:
         """Open the door; returns its endpoint."""
         self._server = await asyncio.start_server(self._receive, host, 0, limit=_LINE_BYTES)
         port = self._server.sockets[0].getsockname()[1]
-        self._endpoint = f"{host}:{port}/{self._secret}"
-        return self._endpoint
+        self.endpoint = f"{host}:{port}/{self._secret}"
+        return self.endpoint
 
     async def close(self) -> None:
         """Close the door and the channels; may be called twice."""
@@ -141,7 +141,7 @@ class Fleet:
 
     async def _send(self, endpoint: str, devices: list[Enrolment]) -> None:
         """Bring devices to a job's door; without one their leases are given back."""
-        if endpoint == self._endpoint:
+        if endpoint == self.endpoint:
             self._arrivals += devices
             return
         place, _, secret = endpoint.partition("/")

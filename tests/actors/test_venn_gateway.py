@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -205,3 +207,20 @@ def test_a_new_incarnation_lifts_the_fence_of_a_silent_gateway() -> None:
     assert opened.returns[0].back_s == 15.1
     core.apply({"op": "tick", "dead": [], "now": 15.2})
     assert opened.remaining == 5
+
+
+def test_a_job_that_registers_again_moves_its_endpoint() -> None:
+    core = SchedulerCore()
+    first = {"op": "register", "job_id": "j", "requirement": {}, "rounds": 9, "now": 0}
+    core.apply({**first, "upload_endpoint": "old:1/x", "plan_uri": "p"})
+    core.apply({"op": "join", "gateway": "g", "incarnation": 1, "now": 0})
+    core.apply({"op": "open", "job_id": "j", "demand": 1, "deadline_s": 60, "now": 0})
+    core.apply({"op": "plan", "now": 0})
+    assert not core.state.dirty
+    again = {"op": "register", "job_id": "j", "requirement": {}, "now": 1}
+    assert core.apply({**again, "upload_endpoint": "new:2/y"}) == {"slot": 0}
+    assert core.state.dirty
+    core.apply({"op": "plan", "now": 1})
+    task: Any = plan_for(core, "g", 1.0).rounds[0].task
+    assert (task.upload_endpoint, task.plan_uri) == ("new:2/y", "p")
+    assert core.state.jobs["j"].rounds == 9

@@ -110,8 +110,6 @@ class SchedulerCore:
         self.state.supply.config = self.config.supply
         self._index()
 
-    # ------------------------------------------------------------------ jobs
-
     def _register(self, command: Command) -> Reply:
         state, now_s = self.state, float(command["now"])
         job_id = str(command["job_id"])
@@ -127,6 +125,10 @@ class SchedulerCore:
             if state.requirements[known.group] != requirement:
                 raise ConfigError("job_id", job_id, "a new name", "It is taken by another job")
             known.seen_s = now_s
+            known.rounds = int(command.get("rounds") or known.rounds)
+            known.plan_uri = str(command.get("plan_uri") or known.plan_uri)
+            known.upload_endpoint = str(command.get("upload_endpoint") or known.upload_endpoint)
+            state.dirty = True
             return {"slot": known.slot}
         response_s = float(command.get("response_s") or 90.0)
         if not (math.isfinite(response_s) and response_s > 0):
@@ -307,7 +309,7 @@ class SchedulerCore:
     def tick_due(self, now_s: float) -> bool:
         """Whether a ``tick`` at this time would change anything."""
         return any(
-            self._gone(job, now_s) or (job.open is not None and _due(job.open, now_s))
+            self._gone(job, now_s) or (job.open is not None and job.open.due(now_s))
             for job in self.state.jobs.values()
         )
 
@@ -364,11 +366,6 @@ class SchedulerCore:
         self.rounds = {
             job.open.round_id: job for job in self.state.jobs.values() if job.open is not None
         }
-
-
-def _due(opened: RoundState, now_s: float) -> bool:
-    late = not opened.expired and now_s >= opened.opened_s + opened.deadline_s
-    return late or any(entry.back_s <= now_s for entry in opened.returns)
 
 
 def _whole(command: Command, name: str, low: int, high: int) -> int:

@@ -140,6 +140,11 @@ class RoundState:
         """Devices still to be assigned."""
         return 0 if self.expired else max(self.allowed - self.spent - self.lost, 0)
 
+    def due(self, now_s: float) -> bool:
+        """Whether its deadline has passed, or leases of dead gateways have run out."""
+        late = not self.expired and now_s >= self.opened_s + self.deadline_s
+        return late or any(entry.back_s <= now_s for entry in self.returns)
+
 
 @dataclass(slots=True)
 class JobState:
