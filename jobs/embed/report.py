@@ -72,10 +72,12 @@ def _bytes_plot(windows: list[dict[str, Any]]) -> Plot:
     axes.plot(steps, [w["rho_bytes"] for w in windows], label="of bytes, index included")
     axes.set_xlabel("step")
     axes.set_ylabel("share pruned")
+    axes.set_ylim(-0.5, 1.02)
     axes.legend()
     return Plot(
         title="Share pruned of what the ids seen so far would take",
-        caption="Chunks are what publications count; bytes are what the machine holds.",
+        caption="Chunks are what publications count; bytes are what the machine holds. "
+        "While few ids have been seen, fixed parts outweigh them: the curve is below the picture.",
         figure=figure,
     )
 
@@ -86,6 +88,7 @@ def _length_plot(found: dict[str, Any]) -> Plot:
         counts = shape["rows_by_length"][1:]
         axes.plot(range(1, len(counts) + 1), [max(c, 0.5) for c in counts], marker="o", label=name)
     axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("row length in chunks")
     axes.set_ylabel("ids")
     axes.legend()
