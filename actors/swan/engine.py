@@ -118,6 +118,7 @@ class Swan:
         self._asked_to_pause = False
         self._mixed = True  # the running step has seen a move (or is the first)
         self._looked = run_times(self._proc)
+        self._enforced = False
         self._applied: tuple[int, ...] = ()
         self._watcher = threading.Thread(target=self._watch, name="swan-watch", daemon=True)
 
@@ -279,21 +280,39 @@ class Swan:
                 if now_s - slow_s >= SLOW_S:
                     slow_s, celsius = now_s, read_celsius(self._sys)
                     battery, _ = read_battery(self._sys)
-                    self._leave_unplugged(now_s)
+                    self._leave_lost()
                 self._apply(self.pilot.on_sample(now_s, demand, celsius, battery))
                 if not self._paused():
                     self._wake.notify_all()
 
-    def _leave_unplugged(self, now_s: float) -> None:
-        lost = gone(self.topology, self._sys)
-        if not lost:
+    def _leave_lost(self) -> None:
+        """Go on with what is left when cores were unplugged, or taken from us from outside."""
+        lost = set(gone(self.topology, self._sys))
+        reason = "unplugged"
+        now = os.sched_getaffinity(os.getpid())
+        if self._applied and now != set(self._applied):
+            # Somebody set our main thread's affinity. A narrower set is a wish to be obeyed; for
+            # a wider one we just go back to where we were.
+            reason = "taken away from outside"
+            lost |= set(self.topology.cores) - now if now < set(self.topology.cores) else set()
+            self._note("error", f"affinity was changed from outside to {sorted(now)}")
+            self._applied = tuple(sorted(now))
+        elif not lost:
             return
-        self._note("error", f"cores {list(lost)} are gone")
+        if lost:
+            self._note("error", f"cores {sorted(lost)} are {reason}")
+            self._start_over(lost)
+        self._apply(Change(self.pilot.choice, f"cores were {reason}"))
+
+    def _start_over(self, lost: set[int]) -> None:
+        """A fresh pilot for the cores that are left; what is owed stays owed."""
+        try:
+            self.topology = self.topology.without(lost)
+        except ConfigError:  # none of ours is left: see what the system grants now
+            self.topology = discover(self._sys, self._proc, os.sched_getaffinity(os.getpid()))
         loan = self.pilot.loan.state()
-        self.topology = self.topology.without(lost)
         self.pilot = Pilot(self.topology, self.config.policy, self.pilot.loan.battery_wh)
         self.pilot.loan.load(loan)
-        self._apply(Change(self.pilot.choice, "cores are gone"))
 
     def _apply(self, change: Change | None) -> None:
         """Carry out a change: affinity at once; the thread count follows at the step's end."""
@@ -307,7 +326,7 @@ class Swan:
             return
         result = apply_affinity(cores, self._proc)
         origin, self._applied = self._applied, cores
-        self._mixed = True
+        self._mixed, self._enforced = True, False
         self.moves += 1
         self._looked = run_times(self._proc)
         label = change.choice.label(self.topology)
@@ -320,7 +339,7 @@ class Swan:
     def _check_enforced(self, now_s: float) -> None:
         """Some systems accept an affinity and ignore it: believe only where threads really ran."""
         choice = self.pilot.choice
-        if choice is None or choice.cores != self._applied:
+        if self._enforced or choice is None or choice.cores != self._applied:
             return
         after = run_times(self._proc)
         used = sum(s - self._looked.get(t, (0.0, 0))[0] for t, (s, _) in after.items())
@@ -328,6 +347,7 @@ class Swan:
             return
         share = residency(self._looked, after, self._applied)
         self._looked = after
+        self._enforced = share >= ENFORCED_SHARE
         if share < ENFORCED_SHARE and len(self.pilot.profile.usable()) > 1:
             reason = f"unenforceable: {share:.0%} of the time on its cores"
             self._note("error", reason)

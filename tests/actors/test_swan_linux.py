@@ -336,6 +336,36 @@ def test_two_engines_on_one_host_are_kept_apart(tmp_path: Path) -> None:
     Swan(config).stop()
 
 
+def test_affinity_changed_from_outside_is_told_and_obeyed() -> None:
+    before = sorted(os.sched_getaffinity(0))
+    if len(before) < 2:
+        pytest.skip("needs two cores")
+    with Swan(EngineConfig(policy=Policy(kind="greedy"), nice=0, sample_s=0.02)) as swan:
+        assert len(swan.status()["applied"]) == len(before)
+        os.sched_setaffinity(os.getpid(), before[:1])
+        until_s = time.monotonic() + 10
+        while len(swan.status()["applied"]) > 1 and time.monotonic() < until_s:
+            time.sleep(0.02)
+        assert swan.status()["applied"] == before[:1]
+        assert any("from outside" in event["reason"] for event in swan.events)
+    assert sorted(os.sched_getaffinity(0)) == before
+
+
+def test_ignored_affinity_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two cores")
+    with Swan(EngineConfig(policy=Policy(), nice=0, sample_s=30.0)) as swan:
+        applied = swan.status()["applied"]
+        swan.step_end(0.1)  # the first step has seen the start
+        elsewhere = {1: (5.0, max(swan.topology.cores) + 1)}
+        monkeypatch.setattr("actors.swan.engine.run_times", lambda root: elsewhere)
+        swan._looked = {1: (0.0, 0)}
+        swan.step_end(0.1)
+        monkeypatch.undo()
+        assert any("unenforceable" in event["reason"] for event in swan.events)
+        assert swan.status()["applied"] != applied
+
+
 def test_unplugged_core_is_left(tmp_path: Path) -> None:
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
