@@ -15,6 +15,9 @@ from raysys.config import check_range
 from raysys.federated.swan.choices import Choice
 
 
+NOISE_PER_CORE = 0.03
+
+
 class Level(enum.IntEnum):
     """How badly the owner and we are in each other's way."""
 
@@ -66,8 +69,13 @@ class Demand:
     owner_active: bool = False
 
     def on(self, choice: Choice) -> float:
-        """Largest share taken on any core of a choice."""
-        return max((self.shares.get(core, 0.0) for core in choice.cores), default=0.0)
+        """Cores' worth of others' work on a choice: on its busiest core, or over all of them.
+
+        A process that hops between our cores shows on none of them; a little on each is the
+        system's ordinary noise.
+        """
+        taken = [self.shares.get(core, 0.0) for core in choice.cores]
+        return max(max(taken, default=0.0), sum(taken) - NOISE_PER_CORE * len(taken))
 
 
 class Detector:

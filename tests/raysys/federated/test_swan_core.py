@@ -197,6 +197,9 @@ def test_detector_tells_mild_from_severe_and_heat_from_the_owner() -> None:
     assert detector.sample(0.6, busy, choice) == Level.MILD
     assert not detector.quiet_on(choice)
     assert detector.quiet_on(Choice((1,), (1,)))
+    hopping = Demand(shares={0: 0.2, 1: 0.2})
+    assert hopping.on(Choice((2,), (0, 1))) == pytest.approx(0.34)
+    assert Demand(shares={0: 0.03, 1: 0.03}).on(Choice((2,), (0, 1))) == pytest.approx(0.03)
     assert detector.sample(0.9, Demand(), choice) == Level.NONE
     assert detector.sample(1.0, Demand(owner_active=True), choice) == Level.NONE
     assert detector.sample(1.6, Demand(owner_active=True), choice) == Level.MILD
