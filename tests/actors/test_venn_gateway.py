@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from actors.proto.messages import pb
 from actors.venn import wire
 from raysys.errors import ConfigError
 from raysys.federated.venn.capability import UNKNOWN, capability_classes
@@ -224,3 +225,24 @@ def test_a_job_that_registers_again_moves_its_endpoint() -> None:
     task: Any = plan_for(core, "g", 1.0).rounds[0].task
     assert (task.upload_endpoint, task.plan_uri) == ("new:2/y", "p")
     assert core.state.jobs["j"].rounds == 9
+
+
+@pytest.mark.parametrize(
+    ("classes", "times", "field"),
+    [
+        (b"\x01", b"", "response_s"),
+        (b"\x0c", np.float32(1).tobytes(), "classes"),
+        (b"\x01", np.float32("nan").tobytes(), "response_s"),
+        (b"\x01", np.float32(-1).tobytes(), "response_s"),
+    ],
+)
+def test_malformed_answers_of_a_gateway_are_refused(
+    classes: bytes, times: bytes, field: str
+) -> None:
+    report = pb.UsageReport()
+    report.answers.add(round_id=1, classes=classes, response_s=times)
+    with pytest.raises(ConfigError, match=field):
+        wire.answers_of(report)
+    good = pb.UsageReport()
+    good.answers.add(round_id=1, classes=b"\x0b", response_s=np.float32(2.5).tobytes())
+    assert wire.answers_of(good) == [[1, [11], [2.5]]]
