@@ -16,6 +16,7 @@ from typing import Any
 
 from raysys.errors import DataError, RaysysError
 from raysys.report import Cell, Plot, Section, Table, new_figure, render_page, series_color
+from raysys.report.figures import INK
 from raysys.runs.storage import Storage
 
 Rows = list[dict[str, Any]]
@@ -127,7 +128,7 @@ def schedule_plot(methods: Mapping[str, Rows]) -> Plot:
         if index < count - 1:
             axes.tick_params(labelbottom=False)
     axes.set_xlabel("optimizer step")
-    figure.supylabel("frozen front modules", fontsize=10)
+    figure.supylabel("frozen front modules", fontsize=10, color=INK)
     caption = (
         "A module freezes where a line rises above its number and trains again where it falls."
     )
