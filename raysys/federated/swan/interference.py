@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from raysys.config import check_range
 from raysys.federated.swan.choices import Choice
 
-
 NOISE_PER_CORE = 0.03
 
 
