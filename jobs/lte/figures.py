@@ -8,16 +8,19 @@ from typing import Any
 from raysys.report import Section, new_figure, render_page
 from raysys.runs import RunDirectory
 
+MARKERS = ("o", "s", "^")
+COLORS = 6  # of the house's palette
+
 
 def tradeoff_figure(points: Sequence[tuple[str, float, float]]) -> Any:
-    """One labelled point per model: FFN sparsity and held-out nats."""
-    figure, axes = new_figure()
-    for name, sparsity, nats in points:
-        axes.plot([sparsity], [nats], marker="o", linestyle="", markersize=6)
-        axes.annotate(name, (sparsity, nats), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axes.margins(x=0.15, y=0.15)
+    """One point per model: FFN sparsity and held-out nats; names are in the legend."""
+    figure, axes = new_figure(width=8.0)
+    for index, (name, sparsity, nats) in enumerate(points):
+        marker = MARKERS[index // COLORS % len(MARKERS)]  # colours repeat, with another marker
+        axes.plot([sparsity], [nats], marker=marker, linestyle="", markersize=7, label=name)
     axes.set_xlabel("FFN sparsity")
     axes.set_ylabel("held-out nats")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -27,6 +30,7 @@ def layer_figure(layers: Mapping[str, Sequence[float]]) -> Any:
     for name, values in layers.items():
         axes.plot(range(len(values)), values, marker="o", markersize=4, label=name)
     axes.set_ylim(0, 1)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("layer")
     axes.set_ylabel("share of experts off")
     axes.legend(fontsize=8)
