@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 
 from actors.venn.client import JobClient
-from actors.venn.enrolment import Enrolment, Fleet, device_number
+from actors.venn.enrolment import Enrolment, Fleet, client_of
 from actors.venn.security import SecurityConfig
 from raysys.config import check, check_range
 from raysys.errors import ConfigError, InfeasibleError, RemoteError
@@ -280,8 +280,8 @@ class VennDevices:
         assert self._fleet is not None
         unfit = []
         for enrolment in self._fleet.arrived():
-            client = device_number(enrolment.device)
-            if client < len(suits) and suits[client]:
+            client = client_of(self.config.population, enrolment.device)
+            if 0 <= client < len(suits) and suits[client]:
                 self._ticket.leases[client] = enrolment
             else:
                 unfit.append(enrolment)

@@ -47,9 +47,11 @@ def device_id(population: str, client: int) -> bytes:
     return hashlib.blake2b(population.encode(), digest_size=8).digest() + client.to_bytes(8, "big")
 
 
-def device_number(device: str) -> int:
-    """The client behind a device id in hex."""
-    return int(device[16:], 16)
+def client_of(population: str, device: str) -> int:
+    """The client behind a device id in hex; -1 for a device of another population."""
+    raw = bytes.fromhex(device)
+    client = int.from_bytes(raw[8:], "big")
+    return client if raw == device_id(population, client) else -1
 
 
 class Fleet:

@@ -13,7 +13,7 @@ import pytest
 
 from actors.venn.client import JobClient
 from actors.venn.cohorts import VennConfig, finish_job, with_venn
-from actors.venn.enrolment import Enrolment, Fleet, device_id, device_number
+from actors.venn.enrolment import Enrolment, Fleet, client_of, device_id
 from actors.venn.gateway import GatewayServer
 from actors.venn.scheduler import SchedulerServer
 from raysys.errors import ConfigError, InfeasibleError, RemoteError
@@ -36,7 +36,8 @@ def test_device_ids_are_stable_and_carry_the_client() -> None:
     assert device_id("phones", 7) == device_id("phones", 7)
     assert device_id("phones", 7) != device_id("tablets", 7)
     assert len(device_id("phones", 7)) == 16
-    assert device_number(device_id("phones", 12345).hex()) == 12345
+    assert client_of("phones", device_id("phones", 12345).hex()) == 12345
+    assert client_of("tablets", device_id("phones", 12345).hex()) == -1
 
 
 def test_the_door_takes_devices_with_the_secret_only() -> None:
