@@ -132,8 +132,12 @@ def long_queue(llm: Any, count: int = 10_000) -> dict[str, Any]:
     """Ten thousand requests wait: steps go on, plans stay short, and nothing is left behind."""
     from vllm import SamplingParams
 
+    from raysys.serving.andes.planner import Planner
+
     scheduler = scheduler_of(llm)
     engine = llm.llm_engine
+    eager = scheduler.brain.planner
+    scheduler.brain.planner = Planner()  # as it is served; the eager one would pause at every plan
     scheduler.plan_ms.clear()
     params = SamplingParams(
         temperature=0.0, max_tokens=4, ignore_eos=True, detokenize=False,
@@ -149,6 +153,7 @@ def long_queue(llm: Any, count: int = 10_000) -> dict[str, Any]:
     engine.abort_request(ids)
     for _ in range(3):
         engine.step()
+    scheduler.brain.planner = eager
     llm.reset_prefix_cache()
     plans = sorted(scheduler.plan_ms)
     return {
