@@ -49,6 +49,7 @@ class EmbeddingShard:
         self._core = ShardCore(options.config, options.tables, options.shard, _mask(options.owned))
         self._lock = asyncio.Lock()
         self._turn = asyncio.Event()
+        self._broken = ""
         saves = complete(Path(options.root)) if options.root else []
         if saves:
             self._restore(saves[-1])
@@ -57,9 +58,11 @@ class EmbeddingShard:
         """One push and pull; waits until every worker's request of this exchange is there.
 
         Raises:
-            RemoteError: another worker's request did not come in time.
+            RemoteError: another worker's request did not come in time, or a round was lost.
         """
         async with self._lock:
+            if self._broken:
+                raise RemoteError("embedding shard", self._broken, "Resume from the newest save")
             answer = self._core.stage(request)
             if answer is not None:
                 return answer
@@ -123,7 +126,12 @@ class EmbeddingShard:
 
     async def _complete(self) -> None:
         if self._core.apply():
-            await self._hold_round()
+            try:
+                await self._hold_round()
+            except Exception as error:
+                # The step counts as applied but its round has not run: nothing may build on it.
+                self._broken = f"a round was lost ({error})"
+                raise
         self._core.answer()
         done, self._turn = self._turn, asyncio.Event()
         done.set()
@@ -136,14 +144,22 @@ class EmbeddingShard:
         core.carry_out(await self._merge(round_, "orders", core.wishes(cut)))
 
     async def _merge(self, round_: int, phase: str, part: Any) -> Any:
-        """Ask the coordinator; a restarted one is asked again, by every shard."""
+        """Ask the coordinator; a restarted one is asked again, by every shard.
+
+        Raises:
+            RemoteError: the other shards' parts did not come in time.
+        """
         from ray.exceptions import RayActorError
 
-        index = self._options.shard.index
-        deadline = time.monotonic() + self._options.step_timeout_s
+        index, limit_s = self._options.shard.index, self._options.step_timeout_s
+        deadline = time.monotonic() + limit_s
         while True:
             try:
-                return await self._coordinator.merge.remote(round_, phase, index, part)
+                call = self._coordinator.merge.remote(round_, phase, index, part)
+                return await asyncio.wait_for(_result(call), limit_s)
+            except TimeoutError:
+                name = f"phase {phase} of round {round_}"
+                raise RemoteError(name, "a shard is missing", "See the shards' logs") from None
             except RayActorError:
                 if time.monotonic() > deadline:
                     raise
@@ -160,3 +176,8 @@ class EmbeddingShard:
 
 def _mask(owned: bytes) -> npt.NDArray[np.uint8]:
     return np.frombuffer(owned, np.uint8).copy()
+
+
+async def _result(call: Any) -> Any:
+    """An object reference as a coroutine, which is what a time limit needs."""
+    return await call

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import ray
 import torch
 
-from actors.fiited import ShardGroup
+from actors.fiited import EmbeddingShard, ShardGroup, ShardOptions
 from actors.fiited.saves import complete
 from actors.session import Session
+from raysys.errors import RemoteError
 from raysys.training.fiited import FiitedConfig, TableSpec
 from raysys.training.fiited.sharding import (
     BucketMap,
@@ -78,6 +81,43 @@ def test_kills_saves_and_resharding_change_no_bit(ray_session: Session, tmp_path
     for index in range(23, 34):
         assert np.array_equal(step(resumed, data[index]), outputs[index]), index
     wider.close()
+
+
+class _Silent:
+    """A coordinator that never answers."""
+
+    class merge:  # noqa: N801 - stands for an actor's method
+        @staticmethod
+        async def remote(*_: Any) -> Any:
+            await asyncio.Event().wait()
+
+
+def test_a_shard_whose_round_was_lost_serves_nothing_more() -> None:
+    options = ShardOptions(
+        config=CONFIG,
+        tables=TABLES,
+        shard=ShardConfig(),
+        owned=BucketMap.even(1).owned(0).tobytes(),
+        step_timeout_s=0.05,
+    )
+
+    async def drive() -> None:
+        shard = EmbeddingShard(options, _Silent())
+        layer = local()
+        requests = layer.transport.sent = []  # type: ignore[attr-defined]
+        inner = layer.transport.exchange
+        layer.transport.exchange = lambda r: (requests.extend(r), inner(r))[1]  # type: ignore[method-assign]
+        for ids in batches(5):
+            step(layer, ids)
+        for request in requests[:3]:
+            await shard.exchange(request)
+        with pytest.raises(RemoteError, match="a shard is missing"):
+            await shard.exchange(requests[3])
+        for request in requests[3:5]:
+            with pytest.raises(RemoteError, match="a round was lost"):
+                await shard.exchange(request)
+
+    asyncio.run(drive())
 
 
 def _loads(stats: list[dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ are remembered, so that a restarted shard can be brought back to the others' ste
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -240,10 +240,6 @@ class ShardedEmbedding(nn.Module):
                 f"embedding shard {shard}", answer.reason, "Restart from a checkpoint"
             )
         return answer
-
-    def reroute(self, buckets: BucketMap) -> None:
-        """Follow a new map of rows to shards (after the shards were loaded under it)."""
-        self.router = Router(self.config, self.tables, replace(buckets))
 
 
 class _Rows(torch.autograd.Function):
