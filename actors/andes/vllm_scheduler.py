@@ -137,8 +137,8 @@ class AndesVllmScheduler(AsyncScheduler):  # type: ignore[misc]
         if known:
             return
         fields = self._fields(request)
-        if self.andes_config.switchable and POLICY_FIELD in fields:
-            self._switch(str(fields[POLICY_FIELD]))
+        if self.andes_config.switchable:
+            self._switch(fields.get(POLICY_FIELD))
         age = min(max(time.time() - request.arrival_time, 0.0), MAX_CLOCK_SKEW_S)
         spec = self._spec(fields, request.num_prompt_tokens)
         slot = self.table.add(spec, time.monotonic() - age, request.num_prompt_tokens)
@@ -153,6 +153,8 @@ class AndesVllmScheduler(AsyncScheduler):  # type: ignore[misc]
         finished: list[Request] = super().finish_requests(request_ids, finished_status)
         for request in finished:
             self._forget(request.request_id)
+        if finished and not self.requests:
+            self._publish(time.monotonic())  # no step will come that could tell
         return finished
 
     def _fields(self, request: Request) -> dict[str, Any]:
@@ -173,10 +175,9 @@ class AndesVllmScheduler(AsyncScheduler):  # type: ignore[misc]
             logger.warning("request with unusable QoE targets: %s", error)
             return default
 
-    def _switch(self, policy: str) -> None:
+    def _switch(self, policy: Any) -> None:
         if policy in ("andes", "fcfs") and policy != self.brain.config.policy:
-            chosen: Any = policy
-            self.brain.config = dataclasses.replace(self.brain.config, policy=chosen)
+            self.brain.config = dataclasses.replace(self.brain.config, policy=policy)
             logger.info("policy is now %s", policy)
 
     def _forget(self, request_id: str) -> None:
@@ -341,10 +342,9 @@ class AndesVllmScheduler(AsyncScheduler):  # type: ignore[misc]
     def _emulate_slow_machine(self, identity: int) -> None:
         """Stretch the step by the configured factor; nothing at the factor 1."""
         extra = self.andes_config.slowdown - 1.0
-        if extra > 0.0:
-            started = next((at for known, at, _ in self._steps if known == identity), None)
-            if started is not None:
-                time.sleep(extra * (time.monotonic() - max(started, self._updated_at)))
+        started = next((at for known, at, _ in self._steps if known == identity), None)
+        if extra > 0.0 and started is not None:
+            time.sleep(extra * (time.monotonic() - max(started, self._updated_at)))
 
     # -- status --------------------------------------------------------------------------------
 

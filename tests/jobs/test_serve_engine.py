@@ -270,10 +270,11 @@ def test_the_page_and_its_burst(endpoint: str) -> None:
 def test_the_page_shows_live_streams(endpoint: str, tmp_path: Path) -> None:
     with browser(tmp_path / "profile") as tab:
         tab.call("Page.navigate", url=f"{endpoint}/")
-        tab.until("!document.getElementById('keyfield')?.hidden")  # this endpoint wants a key
-        tab.value("key.focus()")
+        # This endpoint wants a key, so the page asks for one.
+        tab.until("document.getElementById('keyfield')?.hidden === false")
+        tab.value("document.getElementById('key').focus()")
         tab.type(KEY)
-        tab.until("model.textContent === '" + packaged_model.NAME + "'")
+        tab.until(f"document.getElementById('model').textContent === '{packaged_model.NAME}'")
         tab.value("document.getElementById('prompt').focus()")
         tab.type("Why is the sky blue?")
         tab.press("Enter", "Enter")
