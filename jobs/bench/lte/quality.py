@@ -20,7 +20,8 @@ import torch
 from raysys import machine
 from raysys.bench import Baseline, Claim, Profile
 from raysys.config import config_to_dict
-from raysys.training.lte.contest import METHODS, REFERENCES, Contest, ContestConfig
+from raysys.training.lte.contest import METHODS, REFERENCES, Contest
+from raysys.training.lte.contest_config import ContestConfig
 from raysys.training.lte.text import Corpus, TokenBlocks, corpus, to_bytes
 
 QUICK = ContestConfig(hidden=64, neurons=256, layers=3, heads=2, expert_size=8, length=64,

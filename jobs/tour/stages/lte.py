@@ -10,7 +10,8 @@ from jobs.lte.figures import latency_figure, layer_figure, tradeoff_figure
 from jobs.tour.stage import Row, Stage, StageContext, StageResult
 from raysys.ops.lte_native import ISAS, best_isa
 from raysys.report import Plot
-from raysys.training.lte.contest import Contest, ContestConfig
+from raysys.training.lte.contest import Contest
+from raysys.training.lte.contest_config import ContestConfig
 from raysys.training.lte.text import TokenBlocks, to_bytes
 
 METHODS = {

@@ -10,9 +10,8 @@ higher sparsity. Routers of one row per expert (1 to 2 % of an FFN) are counted 
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,99 +21,17 @@ from raysys.training.lte.baselines.oracle import KeepLargest, NeuronThreshold, T
 from raysys.training.lte.baselines.predictors import deja_vu, moefication, predictor_width
 from raysys.training.lte.baselines.pruning import teal, wanda
 from raysys.training.lte.baselines.routers import FixedTopK, SigmaTopK, noisy_top_k
-from raysys.training.lte.config import (
-    ConvertConfig,
-    Grouping,
-    LambdaSchedule,
-    StageConfig,
-)
+from raysys.training.lte.config import ConvertConfig, StageConfig
+from raysys.training.lte.contest_config import ContestConfig
 from raysys.training.lte.conversion import convert_model
 from raysys.training.lte.evaluation import Evaluation, evaluate
 from raysys.training.lte.fitting import fit_routers, land
 from raysys.training.lte.gating import Selector, SparseModel
-from raysys.training.lte.shapes import shape_of
 from raysys.training.lte.stage import Stage
-from raysys.training.lte.text import BYTE_VOCABULARY, Batch, TokenBlocks
+from raysys.training.lte.text import Batch, TokenBlocks
 
 Progress = Callable[[dict[str, Any]], None]
 SAMPLE_BLOCKS = 64  # training blocks for predictors and thresholds
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ContestConfig:
-    """The small model and the common budget.
-
-    Args:
-        hidden, neurons, layers, heads: of a LLaMA over bytes.
-        expert_size: neurons per expert.
-        length, batch: bytes per block, blocks per step.
-        base_steps, base_lr: of the dense model from scratch.
-        steps, lr: of every method afterwards; LTE's two stages share the steps.
-        stage1: share of LTE's steps in stage 1.
-        stage2_rate: factor on the rate in stage 2, whose short schedule would start with a jump.
-        sparsity: FFN sparsity of every method.
-        eta: where the target controller starts; lam, lam_schedule, router_init, grouping as LTE's.
-        distil: share of the distillation loss, from the dense model tuned for ``steps``.
-        held_out: blocks to evaluate on; 0 takes all.
-    """
-
-    hidden: int = 128
-    neurons: int = 512
-    layers: int = 4
-    heads: int = 4
-    expert_size: int = 16
-    length: int = 128
-    batch: int = 8
-    base_steps: int = 400
-    base_lr: float = 2e-3
-    steps: int = 240
-    lr: float = 5e-4
-    stage1: float = 0.8
-    stage2_rate: float = 0.1
-    sparsity: float = 0.62
-    eta: float = 0.03
-    lam: float = 0.05
-    lam_schedule: LambdaSchedule = "ramp"
-    router_init: Literal["default", "warm", "fitted"] = "fitted"
-    router_lr: float = 1e-2
-    grouping: Grouping = "kmeans"
-    distil: float = 0.0
-    held_out: int = 96
-
-    def model(self, seed: int, activation: str = "silu") -> nn.Module:
-        """A fresh model."""
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        torch.manual_seed(seed)
-        model: nn.Module = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=BYTE_VOCABULARY,
-                hidden_size=self.hidden,
-                intermediate_size=self.neurons,
-                num_hidden_layers=self.layers,
-                num_attention_heads=self.heads,
-                num_key_value_heads=self.heads,
-                max_position_embeddings=max(512, self.length),
-                hidden_act=activation,
-                tie_word_embeddings=True,
-            )
-        )
-        return model
-
-    @property
-    def shape(self) -> flops.Shape:
-        return dataclasses.replace(
-            shape_of(
-                {
-                    "hidden_size": self.hidden,
-                    "intermediate_size": self.neurons,
-                    "num_hidden_layers": self.layers,
-                    "num_attention_heads": self.heads,
-                    "vocab_size": BYTE_VOCABULARY,
-                }
-            ),
-            expert_size=self.expert_size,
-        )
 
 
 class Contest:
