@@ -9,13 +9,14 @@ a load checks everything before it changes anything.
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -171,19 +172,34 @@ def _clock(engine: NativeEngine) -> Arrays:
     }
 
 
+class _HashedFile(io.RawIOBase):
+    """A file that knows the digest and the size of what went through it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest, self.size = hashlib.sha256(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        written = self._file.write(data)
+        self.size += written
+        return written
+
+
 def _write_arrays(path: Path, arrays: Arrays) -> dict[str, Any]:
     """One Arrow file with one column and one batch per array (their lengths differ)."""
-    buffer = pa.BufferOutputStream()
-    for name, array in arrays.items():
-        table = pa.table({name: pa.array(np.ascontiguousarray(array))})
-        with pa.ipc.new_stream(buffer, table.schema) as writer:
-            writer.write_table(table)
-    data = buffer.getvalue()
     with path.open("wb") as file:
-        file.write(data)
+        sink = _HashedFile(file)
+        for name, array in arrays.items():
+            table = pa.table({name: pa.array(np.ascontiguousarray(array))})
+            with pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
         file.flush()
         os.fsync(file.fileno())
-    return {"name": path.name, "bytes": data.size, "sha256": hashlib.sha256(data).hexdigest()}
+    return {"name": path.name, "bytes": sink.size, "sha256": sink.digest.hexdigest()}
 
 
 def _manifest(store: FiitedStore, engine: NativeEngine, extra: dict[str, int]) -> dict[str, Any]:
