@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
+import uuid
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -101,7 +103,9 @@ class PageEndpoints:
             self._start(self._sample())
 
     def _start(self, coroutine: Any) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
+        # In a context of its own: Ray Serve would take its calls for parts of the present request,
+        # and the engine takes the request's id for theirs, which must differ.
+        task = asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -197,6 +201,7 @@ class PageEndpoints:
             stream=True,
             ignore_eos=True,
             vllm_xargs={**qoe_fields(spec), POLICY_FIELD: asked.policy},
+            request_id=uuid.uuid4().hex,
         )
         async for _ in visit.follow(self._get_response(body=chat, call_method="chat")):
             pass

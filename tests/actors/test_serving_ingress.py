@@ -169,6 +169,7 @@ def test_bursts_run_once_and_are_accounted(served: Served) -> None:
     assert state["tenants"]["(burst)"]["refused"] == 2
     assert state["series"]
     assert {body.vllm_xargs["andes_policy"] for body in served.echo.seen} == {"andes"}
+    assert len({body.request_id for body in served.echo.seen}) == 3  # engines know them apart
 
 
 def test_where_strangers_come_in_bursts_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
