@@ -233,6 +233,7 @@ class Stage:
             )
             remedy = f"Go on from a checkpoint ({last}) with a smaller lr or eta"
             raise LTEDataError("loss", f"not finite at step {self.step}", remedy)
+        self._tokens += len(on[0].flatten(0, -2)) if on else 0
         for layer, mask in enumerate(on):
             self._on[layer] += mask.flatten(0, -2).sum(0).cpu()
         values, rest = summed[: len(losses)].tolist(), summed[len(losses) :].tolist()
@@ -254,8 +255,11 @@ class Stage:
         return flat if batch.valid is None else flat[batch.valid.flatten()]
 
     def expert_use(self) -> dict[str, int]:
-        """Experts that this rank has never seen on (dead) or never off (stuck is not tracked)."""
-        return {"dead": int(sum((total == 0).sum() for total in self._on))}
+        """Experts that this rank has never seen on (dead) or never off (stuck) in this stage."""
+        return {
+            "dead": int(sum((total == 0).sum() for total in self._on)),
+            "stuck": int(sum((total == self._tokens).sum() for total in self._on)),
+        }
 
     def _sum(self, values: Tensor) -> None:
         if self.reduce is not None:
@@ -296,6 +300,7 @@ class Stage:
             "optimizer": self.optimizer.state_dict(),
             "controller": self.controller.state_dict() if self.controller else None,
             "on": self._on,
+            "tokens": self._tokens,
             "log": self.log,
         }
 
@@ -307,6 +312,7 @@ class Stage:
             self.controller.load_state_dict(state["controller"])
         self.step = self.last_saved = state["step"]
         self._on = [total.clone() for total in state["on"]]
+        self._tokens = state["tokens"]
         self.log = list(state["log"])
 
 
