@@ -13,9 +13,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 PERIOD_S = 1 / 60
 BURN_CYCLE_S = 0.005
@@ -36,8 +35,13 @@ def burner(core: int, share: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def frames(path: Path, on_s: float, off_s: float, share: float = 0.4) -> Iterator[dict[str, Any]]:
+def frames(
+    path: Path, on_s: float, off_s: float, share: float = 0.4
+) -> Iterator[Callable[[], None]]:
     """An owner who draws 60 frames a second for ``on_s``, then rests for ``off_s``, and so on.
+
+    Enter it before the training starts, or the owner would inherit its cores and its priority; the
+    frames begin when the yielded function is called.
 
     Every frame is a fixed amount of work that takes ``share`` of its period on a free core; the
     system places the process. Writes a line per frame to ``path``: due time (monotonic), seconds
@@ -45,7 +49,14 @@ def frames(path: Path, on_s: float, off_s: float, share: float = 0.4) -> Iterato
     """
     process = _start("frames", str(path), str(on_s), str(off_s), str(share))
     try:
-        yield dict(json.loads(_line(process)))
+        _line(process)
+
+        def begin() -> None:
+            assert process.stdin is not None
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+
+        yield begin
     finally:
         process.terminate()
         process.wait()
@@ -54,7 +65,7 @@ def frames(path: Path, on_s: float, off_s: float, share: float = 0.4) -> Iterato
 
 def _start(*arguments: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, str(Path(__file__).resolve()), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 def _line(process: subprocess.Popen[bytes]) -> bytes:
@@ -65,6 +76,8 @@ def _line(process: subprocess.Popen[bytes]) -> bytes:
 def _close(process: subprocess.Popen[bytes]) -> None:
     assert process.stdout is not None
     process.stdout.close()
+    assert process.stdin is not None
+    process.stdin.close()
 
 
 def _burn(core: int, share: float) -> None:
@@ -97,7 +110,8 @@ def _timed(blocks: int) -> float:
 def _draw(path: Path, on_s: float, off_s: float, share: float) -> None:
     blocks = _calibrated(share)
     print(json.dumps({"blocks": blocks}), flush=True)
-    with path.open("w", encoding="utf-8") as file:
+    sys.stdin.readline()
+    with path.open("w", encoding="utf-8", buffering=1) as file:
         while True:
             burst_s = time.monotonic()
             count = int(on_s / PERIOD_S)
@@ -111,7 +125,6 @@ def _draw(path: Path, on_s: float, off_s: float, share: float) -> None:
                 file.write(f"{due_s:.6f} {late_s:.6f} {int(number == 0)}\n")
                 if late_s > 0.25:  # a real display drops the frames that it missed
                     burst_s += late_s
-            file.flush()
             time.sleep(off_s)
 
 

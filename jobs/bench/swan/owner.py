@@ -72,13 +72,13 @@ def _with_owner(mode: str, cycles: int) -> dict[str, Any]:
     """Train (or not) through so many bursts of frames."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "frames"
-        with _trainer(mode) as (step, moves):
+        with frames(path, ON_S, OFF_S) as begin, _trainer(mode) as (step, moves):
             _settle(mode, step)
-            with frames(path, ON_S, OFF_S):
-                steps, started_s = 0, time.monotonic()
-                while time.monotonic() - started_s < cycles * (ON_S + OFF_S):
-                    steps += _advance(step)
-                passed_s = time.monotonic() - started_s
+            begin()
+            steps, started_s = 0, time.monotonic()
+            while time.monotonic() - started_s < cycles * (ON_S + OFF_S):
+                steps += _advance(step)
+            passed_s = time.monotonic() - started_s
             rows = [line.split() for line in path.read_text().splitlines()]
             reactions = _reactions([float(row[0]) for row in rows if row[2] == "1"], moves)
     late = sorted(float(row[1]) for row in rows)
