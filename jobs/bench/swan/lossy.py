@@ -73,6 +73,8 @@ class _Relay:
             await asyncio.wait_for(both, self._rng.expovariate(1 / self._cut_after_s))
         except TimeoutError:
             self.cuts += 1
+        except asyncio.CancelledError:
+            both.cancel()  # the relay closes; nobody waits for what is left
         finally:
             for end in (writer, far_writer):
                 end.transport.abort()
