@@ -16,6 +16,8 @@ import numpy as np
 
 from raysys.config import check, check_range
 
+POINTS = 120  # of the demand's history
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScalingConfig:
@@ -102,10 +104,13 @@ def desired_replicas(
 def _remember(
     state: Mapping[str, Any] | None, now_s: float, demand: float, trend_s: float
 ) -> list[tuple[float, float]]:
-    """The demand of the last ``trend_s`` seconds, at most 120 points."""
+    """The demand of the last ``trend_s`` seconds, at most ``POINTS`` points however often asked."""
     known = [tuple(point) for point in (state or {}).get("history", [])]
     kept = [point for point in known if now_s - trend_s <= point[0] < now_s]
-    return [*kept[-119:], (now_s, demand)]
+    # Ray Serve asks ten times a second: a limit on the number alone would shorten the memory.
+    if kept and now_s - kept[-1][0] < trend_s / POINTS:
+        return kept
+    return [*kept, (now_s, demand)]
 
 
 def _slope(history: Sequence[tuple[float, float]]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -159,6 +160,18 @@ def test_scaling_looks_ahead_by_the_cold_start() -> None:
     assert wanted[0] == 1
     assert wanted[-1] == 2
     assert json.loads(json.dumps(state))["history"]
+
+
+def test_the_trend_covers_its_time_however_often_it_is_asked() -> None:
+    config = ScalingConfig(trend_s=60.0)
+    state: dict[str, object] = {}
+    for tick in range(900):  # Ray Serve's ten times a second
+        demand = 40.0 if tick < 850 else 50.0  # a step within the noise: no reason to scale
+        number, state = desired_replicas(config, [reading(demand)], 1, 0.1 * tick, state)
+        assert number == 1, tick
+    history: Any = state["history"]
+    assert 59.0 < history[-1][0] - history[0][0] <= 60.0
+    assert len(history) <= 121
 
 
 @pytest.mark.parametrize(
