@@ -32,6 +32,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip GPU tests with a reason, order by cost, and keep tests of one cluster on one worker."""
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU, and this machine has none")

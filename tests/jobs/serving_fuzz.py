@@ -44,7 +44,8 @@ def fuzz(url: str, key: str, model: str, *, examples: int) -> FuzzReport:
 
         schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
         # A burst that fits the schema may keep an engine busy for minutes.
-        return _fuzz(schema.exclude(path="/qoe/bursts"), key, model, examples)
+        # An engine on a busy machine may need longer than the library's ten seconds.
+        return _fuzz(schema.exclude(path="/qoe/bursts"), key, model, examples, timeout=120)
 
 
 def fuzz_app(app: Any, model: str, *, examples: int) -> FuzzReport:
@@ -56,7 +57,7 @@ def fuzz_app(app: Any, model: str, *, examples: int) -> FuzzReport:
         return _fuzz(schemathesis.openapi.from_asgi("/openapi.json", app), "", model, examples)
 
 
-def _fuzz(schema: Any, key: str, model: str, examples: int) -> FuzzReport:
+def _fuzz(schema: Any, key: str, model: str, examples: int, **options: Any) -> FuzzReport:
     from schemathesis import GenerationMode
 
     report = FuzzReport()
@@ -65,11 +66,18 @@ def _fuzz(schema: Any, key: str, model: str, examples: int) -> FuzzReport:
         report.operations += 1
         for mode in GenerationMode:
             strategy = operation.as_strategy(generation_mode=mode)
-            _run(report, strategy, key, model, examples)
+            _run(report, strategy, key, model, examples, options)
     return report
 
 
-def _run(report: FuzzReport, strategy: Any, key: str, model: str, examples: int) -> None:
+def _run(
+    report: FuzzReport,
+    strategy: Any,
+    key: str,
+    model: str,
+    examples: int,
+    options: dict[str, Any],
+) -> None:
     @settings(
         max_examples=examples,
         database=None,
@@ -82,7 +90,8 @@ def _run(report: FuzzReport, strategy: Any, key: str, model: str, examples: int)
     def call(case: Any, real: bool) -> None:
         if real and isinstance(case.body, dict):
             case.body = {**case.body, **SHORT, "model": model}
-        response = case.call(headers={"Authorization": f"Bearer {key}"} if key else {})
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        response = case.call(headers=headers, **options)
         report.calls += 1
         status = response.status_code
         report.statuses[status] = report.statuses.get(status, 0) + 1

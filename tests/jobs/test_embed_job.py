@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from actors.fiited.scoring import ClickModel, ScoringEndpoint
 from jobs.embed.__main__ import command_line
 from jobs.embed.config import TrainConfig
 from jobs.embed.train import make_trainer
+from raysys import machine
 from raysys.errors import ConfigError, DataError, InterruptedRunError
 from raysys.runs import RunDirectory
 from raysys.training.fiited.trainer import StreamTrainer
@@ -132,13 +135,22 @@ def test_wrong_options_are_refused(clicks: Path) -> None:
 
 
 @pytest.mark.cluster
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from Ray Data itself
-def test_two_trainers_over_two_shards(clicks: Path, trained: Path, tmp_path: Path) -> None:
+def test_two_trainers_over_two_shards(
+    clicks: Path, trained: Path, tmp_path: Path, isolated_environment: dict[str, str]
+) -> None:
+    """In a process of its own: the job starts a private Ray, and this process may be in one."""
     run = tmp_path / "sharded"
-    result = train(
-        clicks, run, "--shards", "2", "--workers", "2", "--set", "interval=10",
-        "--set", "save_every=3",
+    words = [
+        "train", "--data", str(clicks), "--run-dir", str(run), *SMALL, "--shards", "2",
+        "--workers", "2", "--set", "interval=10", "--set", "save_every=3",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.embed", *words],
+        env=isolated_environment, cwd=machine.app_root(), capture_output=True, text=True,
+        check=False, timeout=280,
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = RunDirectory.open(str(run)).read_json("result.json")
     assert result["auc_late"] > 0.68
     assert len(list((run / "shards").glob("step-*/shard-0001/manifest.json"))) >= 1
     out = tmp_path / "model"
