@@ -88,7 +88,10 @@ def desired_replicas(
     demand = sum(reading.demand_tds for reading in usable)
     history = _remember(state, now_s, demand, config.trend_s)
     speed = sum(reading.speed_tds for reading in usable) / len(usable)
-    ahead = max(demand, demand + config.cold_start_s * _slope(history))
+    # A trend is not continued for longer than it has been seen: after a start the first reader
+    # would otherwise look like a flood.
+    seen_s = min(config.cold_start_s, history[-1][0] - history[0][0])
+    ahead = max(demand, demand + seen_s * _slope(history))
     needed = max(1, math.ceil(ahead / (config.target_utilisation * speed) - 1e-9))
     readers = sum(reading.readers for reading in usable)
     late = sum(reading.below_target for reading in usable) / max(1.0, readers)

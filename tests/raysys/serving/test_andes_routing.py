@@ -153,11 +153,11 @@ def test_scaling_looks_ahead_by_the_cold_start() -> None:
     config = ScalingConfig(cold_start_s=60.0)
     state: dict[str, object] = {}
     wanted = []
-    for second in range(10):
-        demand = 20.0 + 2.0 * second  # in a minute it will be 140 more than now
+    for second in range(40):
+        demand = 20.0 + 1.0 * second  # in a minute it will be 60 more than now
         number, state = desired_replicas(config, [reading(demand)], 1, float(second), state)
         wanted.append(number)
-    assert wanted[0] == 1
+    assert wanted[:25] == [1] * 25  # what was seen for seconds is not continued for a minute
     assert wanted[-1] == 2
     assert json.loads(json.dumps(state))["history"]
 
@@ -172,6 +172,16 @@ def test_the_trend_covers_its_time_however_often_it_is_asked() -> None:
     history: Any = state["history"]
     assert 59.0 < history[-1][0] - history[0][0] <= 60.0
     assert len(history) <= 121
+
+
+def test_the_first_reader_after_a_start_is_not_a_flood() -> None:
+    config = ScalingConfig()
+    state: dict[str, object] = {}
+    for tick in range(300):
+        # One reader comes after ten seconds and stays; a tenth of what the engine can do.
+        demand = min(10.0, max(0.0, 2.0 * (0.1 * tick - 10.0)))
+        number, state = desired_replicas(config, [reading(demand)], 1, 0.1 * tick, state)
+        assert number == 1, tick
 
 
 @pytest.mark.parametrize(
