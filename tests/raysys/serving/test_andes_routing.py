@@ -178,8 +178,8 @@ def test_the_first_reader_after_a_start_is_not_a_flood() -> None:
     config = ScalingConfig()
     state: dict[str, object] = {}
     for tick in range(300):
-        # One reader comes after ten seconds and stays; a tenth of what the engine can do.
-        demand = min(10.0, max(0.0, 2.0 * (0.1 * tick - 10.0)))
+        # One reader comes after three seconds and stays: a tenth of what the engine can do.
+        demand = min(10.0, max(0.0, 2.0 * (0.1 * tick - 3.0)))
         number, state = desired_replicas(config, [reading(demand)], 1, 0.1 * tick, state)
         assert number == 1, tick
 
