@@ -63,7 +63,7 @@ layers: setup-test
 	$(BIN)/lint-imports
 
 unit: setup-test
-	$(BIN)/python -m pytest -n 3 --dist loadgroup --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered
 
 format: setup-test
 	$(BIN)/ruff format .

@@ -1,9 +1,8 @@
 """Shared by all tests: one Ray cluster for the whole run, a namespace a test, isolation.
 
 The cluster starts when the first test asks for it. Tests that need a head of their own start it
-with ``isolated_environment``, so that clusters on one machine cannot meet. Under pytest-xdist the
-tests of the shared cluster stay on one worker, those with heads and engines on another, and
-pure tests fill the rest: most of the time of the first two is waiting.
+with ``isolated_environment``, so that clusters on one machine cannot meet. Under pytest-xdist a
+file stays on one worker, so that what a file starts is started once.
 """
 
 from __future__ import annotations
@@ -32,16 +31,13 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests with a reason, order by cost, and keep tests of one cluster on one worker."""
+    """Skip GPU tests with a reason; run pure tests first and those that start heads last."""
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU, and this machine has none")
     has_gpu = bool(machine.gpu_names())
     for item in items:
         if item.get_closest_marker("gpu") and not has_gpu:
             item.add_marker(skip)
-        if _cost(item):
-            item.add_marker(pytest.mark.xdist_group("cluster" if _cost(item) == 1 else "heads"))
     items.sort(key=_cost)
 
 

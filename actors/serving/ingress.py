@@ -90,6 +90,12 @@ class QoEIngress(PageEndpoints, OpenAiIngress):  # type: ignore[misc]
         visit = Visit(self.gate, self.ledger, tenant, tracker, streamed=bool(body.stream))
         try:
             response = await handler(body, request)
+        except ValueError as error:
+            visit.end("error")
+            # Ray unpacks the parts of a message only now, and says so in this way.
+            if not str(error).startswith("Validating message"):
+                raise
+            return refusal(400, str(error), "messages")
         except BaseException:
             visit.end("error")
             raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,14 @@ def worker_nodes() -> list[str]:
     )
 
 
+def wait_for_others(gone: str, limit_s: float = 90.0) -> list[str]:
+    """Nodes of the workers once Ray's records have dropped those of a lost node."""
+    deadline = time.monotonic() + limit_s
+    while gone in (nodes := worker_nodes()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return nodes
+
+
 def main() -> None:
     """Run the job twice: undisturbed, and with the node of a worker removed half-way."""
     cluster = Cluster(
@@ -70,7 +79,7 @@ def main() -> None:
             victim = next(node for node in nodes if node.node_id == seen["before"][0])
             cluster.remove_node(victim, allow_graceful=False)
         if number == ROUNDS - 1:
-            seen["after"] = worker_nodes()
+            seen["after"] = wait_for_others(seen["before"][0])
 
     disturbed, replaced = train(f"{sys.argv[1]}/lost", lose_a_node)
     digests = {"undisturbed": undisturbed, "disturbed": disturbed}
