@@ -75,7 +75,7 @@ def test_a_module_without_parameters_in_the_prefix_freezes_with_it() -> None:
     plan = parse(model, batch()[:1], modules=16, pattern="[0-3]")
     assert not plan.modules[0].parameters
     kgt = session(model, plan=plan, control=NoFreezing())
-    kgt.apply(3)
+    kgt.apply(len(kgt.plan) - 1)  # neighbours may have been merged by their measured time
     before = state(model)
     steps(kgt, 3)
     assert torch.equal(before["1.weight"], model.state_dict()["1.weight"])
