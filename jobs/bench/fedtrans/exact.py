@@ -23,8 +23,7 @@ from raysys.federated.core.engine import FederatedJob
 from raysys.federated.core.fedavg import FedAvg
 from raysys.federated.core.model import FlatWeights, load_flat
 from raysys.federated.core.runner import run_rounds
-from raysys.federated.fedtrans.attention import Attention, Patches
-from raysys.federated.fedtrans.cells import Conv, Dense, DenseResidual, Depthwise, ResidualConv
+from raysys.federated.fedtrans.cells import Dense
 from raysys.federated.fedtrans.clients import ClientManager
 from raysys.federated.fedtrans.config import (
     AssignmentConfig,
@@ -39,38 +38,9 @@ from raysys.federated.fedtrans.transform import (
     Step,
     apply_step,
     apply_weights,
-    can_deepen,
-    can_widen,
+    possible_steps,
 )
-
-ZOO = {
-    "perceptron": CellNet(shape=(1, 8, 8), cells=(Dense(width=5), Dense(width=3))),
-    "residual, tanh and gelu": CellNet(
-        shape=(20,),
-        cells=(Dense(width=5, activation="tanh"), DenseResidual(inner=3, activation="gelu")),
-    ),
-    "convolutional": CellNet(
-        shape=(1, 8, 8), cells=(Conv(channels=4, pool=True), Conv(channels=6), Dense(width=7))
-    ),
-    "group norm, residual, depthwise": CellNet(
-        shape=(3, 8, 8),
-        cells=(
-            Conv(channels=4, group_size=2),
-            ResidualConv(inner=6, group_size=3),
-            Depthwise(),
-            ResidualConv(inner=2),
-            Conv(channels=3, pool=True),
-        ),
-    ),
-    "attention": CellNet(
-        shape=(1, 8, 8),
-        cells=(
-            Patches(patch=4, dim=6),
-            Attention(heads=3, head_dim=2, mlp=5),
-            Attention(heads=1, head_dim=4, mlp=3),
-        ),
-    ),
-}
+from raysys.federated.fedtrans.zoo import ZOO
 
 
 def preserves(profile: Profile) -> Claim:
@@ -79,7 +49,9 @@ def preserves(profile: Profile) -> Claim:
     single, chains = [], []
     for net in ZOO.values():
         for seed in seeds:
-            single += [_change(net, [step], seed) for step in _all_steps(net, seed)]
+            single += [
+                _change(net, [step], seed) for step in possible_steps(net, _factor(seed), seed)
+            ]
             chains.append(_change(net, None, seed))
     return Claim(
         name="preserves",
@@ -184,15 +156,8 @@ def reduces_to_fedavg(profile: Profile) -> Claim:
     )
 
 
-def _all_steps(net: CellNet, seed: int) -> list[Step]:
-    steps = []
-    for cell in range(len(net.cells)):
-        factor = 1.5 if seed % 2 else 2.0
-        if can_widen(net, cell):
-            steps.append(Step(op="widen", cell=cell, seed=seed, factor=factor))
-        if can_deepen(net, cell):
-            steps.append(Step(op="deepen", cell=cell, seed=seed))
-    return steps
+def _factor(seed: int) -> float:
+    return 1.5 if seed % 2 else 2.0
 
 
 def _change(net: CellNet, steps: list[Step] | None, seed: int) -> float:
@@ -204,7 +169,7 @@ def _change(net: CellNet, steps: list[Step] | None, seed: int) -> float:
         inputs = torch.randn(16, *net.shape)
     before = _outputs(net, values, inputs)
     for number in range(4 if steps is None else len(steps)):
-        able = _all_steps(net, seed + number)
+        able = possible_steps(net, _factor(seed + number), seed + number)
         step = able[int(rng.integers(len(able)))] if steps is None else steps[number]
         values, net = apply_weights(net, values, step), apply_step(net, step)
     after = _outputs(net, values, inputs)

@@ -68,6 +68,17 @@ def can_deepen(net: CellNet, cell: int) -> bool:
     return not isinstance(net.cells[cell], STEMS)
 
 
+def possible_steps(net: CellNet, factor: float = 2.0, seed: int = 0) -> list[Step]:
+    """Every operation that a network allows, cell by cell."""
+    steps = []
+    for cell in range(len(net.cells)):
+        if can_widen(net, cell):
+            steps.append(Step(op="widen", cell=cell, factor=factor, seed=seed))
+        if can_deepen(net, cell):
+            steps.append(Step(op="deepen", cell=cell, seed=seed))
+    return steps
+
+
 def apply_step(net: CellNet, step: Step) -> CellNet:
     """The network after a step.
 

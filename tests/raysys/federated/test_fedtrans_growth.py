@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from raysys.errors import ConfigError
 from raysys.federated.core.model import FlatWeights, layout_of, load_flat, macs_per_sample
-from raysys.federated.fedtrans.attention import Attention, Patches
-from raysys.federated.fedtrans.cells import Conv, Dense, DenseResidual, Depthwise, ResidualConv
+from raysys.federated.fedtrans.attention import Attention
+from raysys.federated.fedtrans.cells import Conv, Dense
 from raysys.federated.fedtrans.config import GrowthConfig
 from raysys.federated.fedtrans.growth import (
     activeness,
@@ -35,41 +35,12 @@ from raysys.federated.fedtrans.transform import (
     Step,
     apply_step,
     apply_weights,
-    can_deepen,
-    can_widen,
     deepen,
+    possible_steps,
     unit_map,
     widen,
 )
-
-NETS = {
-    "perceptron": CellNet(shape=(1, 8, 8), cells=(Dense(width=5), Dense(width=3))),
-    "residual": CellNet(
-        shape=(20,),
-        cells=(Dense(width=5, activation="tanh"), DenseResidual(inner=3, activation="gelu")),
-    ),
-    "convolutional": CellNet(
-        shape=(1, 8, 8), cells=(Conv(channels=4, pool=True), Conv(channels=6), Dense(width=7))
-    ),
-    "normed": CellNet(
-        shape=(3, 8, 8),
-        cells=(
-            Conv(channels=4, group_size=2),
-            ResidualConv(inner=6, group_size=3),
-            Depthwise(),
-            ResidualConv(inner=2),
-            Conv(channels=3, pool=True),
-        ),
-    ),
-    "attention": CellNet(
-        shape=(1, 8, 8),
-        cells=(
-            Patches(patch=4, dim=6),
-            Attention(heads=3, head_dim=2, mlp=5),
-            Attention(heads=1, head_dim=4, mlp=3),
-        ),
-    ),
-}
+from raysys.federated.fedtrans.zoo import ZOO
 
 
 def outputs(net: CellNet, values: FlatWeights, seed: int = 0) -> npt.NDArray[np.float32]:
@@ -81,19 +52,9 @@ def outputs(net: CellNet, values: FlatWeights, seed: int = 0) -> npt.NDArray[np.
     return found
 
 
-def steps_of(net: CellNet, seed: int, factor: float) -> list[Step]:
-    found = []
-    for cell in range(len(net.cells)):
-        if can_widen(net, cell):
-            found.append(Step(op="widen", cell=cell, seed=seed, factor=factor))
-        if can_deepen(net, cell):
-            found.append(Step(op="deepen", cell=cell, seed=seed))
-    return found
-
-
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", ZOO)
 def test_layout_cost_and_text_agree_with_the_module(name: str) -> None:
-    net = NETS[name]
+    net = ZOO[name]
     assert net_from_json(net.to_json()) == net
     assert layout_of(net.spec()).n_params == net.n_params
     counted = macs_per_sample(net.spec(), torch.zeros(1, *net.shape))
@@ -102,25 +63,25 @@ def test_layout_cost_and_text_agree_with_the_module(name: str) -> None:
     assert net.macs() == counted + scores
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", ZOO)
 @pytest.mark.parametrize("factor", [1.5, 2.0, 3.0])
 def test_every_operation_preserves_the_function(name: str, factor: float) -> None:
-    net = NETS[name]
+    net = ZOO[name]
     values = net.initial(1)
     before = outputs(net, values)
-    for step in steps_of(net, 3, factor):
+    for step in possible_steps(net, factor, 3):
         after = outputs(apply_step(net, step), apply_weights(net, values, step))
         assert np.abs(after - before).max() <= 1e-5 * np.abs(before).max(), step
 
 
 @settings(max_examples=20)
-@given(name=st.sampled_from(sorted(NETS)), seed=st.integers(0, 1000))
+@given(name=st.sampled_from(sorted(ZOO)), seed=st.integers(0, 1000))
 def test_chains_of_four_preserve_the_function(name: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    net, values = NETS[name], NETS[name].initial(seed)
+    net, values = ZOO[name], ZOO[name].initial(seed)
     before = outputs(net, values)
     for _ in range(4):
-        able = steps_of(net, seed, 2.0)
+        able = possible_steps(net, 2.0, seed)
         step = able[int(rng.integers(len(able)))]
         values, net = apply_weights(net, values, step), apply_step(net, step)
     assert np.abs(outputs(net, values) - before).max() <= 1e-5 * np.abs(before).max()
@@ -237,7 +198,7 @@ def test_a_member_survives_being_written_down() -> None:
 
 
 def test_wrong_requests_are_refused() -> None:
-    net = NETS["attention"]
+    net = ZOO["attention"]
     values = net.initial(0)
     with pytest.raises(ConfigError, match="Patches"):
         deepen(net, values, 0)
