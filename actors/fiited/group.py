@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from actors.fiited.journal import new_journal
 from actors.fiited.rounds import RoundCoordinator
 from actors.fiited.saves import commit, latest_exchange, partial_folder
 from actors.fiited.shard import EmbeddingShard, ShardOptions
@@ -68,7 +69,7 @@ class ShardGroup:
         churn = churn_of(shard_config(config, one, tables, 1.0))
         coordinator = ray.remote(RoundCoordinator).options(
             num_cpus=0, max_restarts=-1, max_concurrency=1000
-        ).remote(shards, churn)  # fmt: skip
+        ).remote(shards, churn, new_journal(root))  # fmt: skip
         server = ray.remote(EmbeddingShard)
         actors = [
             server.options(num_cpus=cpus, max_restarts=-1, max_concurrency=1000).remote(

@@ -49,7 +49,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_greedy_tokens_do_not_depend_on_pauses(facts: dict[str, Any]) -> None:
     policies = facts["policies"]
     assert policies["pauses_fcfs"] == 0
-    assert policies["pauses_andes"] >= 10  # otherwise nothing was tested
+    assert policies["pauses_andes"] > 0  # otherwise nothing was tested
     assert policies["equal"]
     assert policies["distinct"] > 1  # the random model does not say one thing only
 

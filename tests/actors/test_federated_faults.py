@@ -40,21 +40,21 @@ RECIPE = FederatedConfig(
 
 
 class Killer(threading.Thread):
-    """Kills random workers, or the coordinator, while rounds are under way."""
+    """Kills a random worker, or the coordinator, some way into each of the next rounds."""
 
-    def __init__(self, run: FederatedRun, seed: int, roles: tuple[str, ...]) -> None:
+    def __init__(self, run: FederatedRun, seed: int, roles: tuple[str, ...], round_s: float):
         super().__init__(daemon=True)
         self._roles = roles
         self._run = run
+        self._round_s = round_s
         self._random = random.Random(seed)
-        self._over = threading.Event()
+        self._begun = threading.Semaphore(0)
         self.killed: list[str] = []
 
     def run(self) -> None:
         for role in self._roles:
-            time.sleep(self._random.uniform(0.05, 0.4))
-            if self._over.is_set():
-                return
+            self._begun.acquire()
+            time.sleep(self._random.uniform(0.0, self._round_s))
             try:  # not through the run: that would replace the dead from two threads at once
                 facts = ray.get(self._run.actor.health.remote())
             except ray.exceptions.RayActorError:
@@ -63,9 +63,8 @@ class Killer(threading.Thread):
             os.kill(self._random.choice(pids) if role == "worker" else facts["pid"], signal.SIGKILL)
             self.killed.append(role)
 
-    def stop(self) -> None:
-        self._over.set()
-        self.join(timeout=20)
+    def round_begins(self) -> None:
+        self._begun.release()
 
 
 @pytest.mark.parametrize("combiners", [0, 1])
@@ -79,11 +78,15 @@ def test_random_kills_change_nothing(ray_session: Session, tmp_path: Path, combi
         checkpoint_every=1, slice_s=0.0, combiners=combiners,
     )  # fmt: skip
     first = next(iter(run.rounds(1)))  # the workers have started
+    start = time.monotonic()
+    seen = [first.round_id, *(summary.round_id for summary in run.rounds(2, have=1))]
     roles = ("worker", "worker") if combiners else ("worker", "coordinator")
-    killer = Killer(run, combiners, roles)
+    killer = Killer(run, combiners, roles, time.monotonic() - start)
     killer.start()
-    seen = [first.round_id, *(summary.round_id for summary in run.rounds(ROUNDS, have=1))]
-    killer.stop()
+    for have in range(2, ROUNDS):
+        killer.round_begins()
+        seen += [summary.round_id for summary in run.rounds(have + 1, have=have)]
+    killer.join(timeout=60)  # a kill after the last round must not matter either
     assert seen == list(range(ROUNDS))
     assert "worker" in killer.killed
     undisturbed = make_job(RECIPE, spec, population)

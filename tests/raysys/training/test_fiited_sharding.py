@@ -155,9 +155,9 @@ def test_a_repeated_push_is_applied_once_and_gets_the_same_reply() -> None:
     inner = layer.transport
 
     class Twice(LocalTransport):
-        def exchange(self, requests: Any) -> Any:
-            first = inner.exchange(requests)
-            again = inner.exchange(requests)  # the reply was lost: the caller repeats
+        def exchange(self, requests: Any, recover: Any) -> Any:
+            first = inner.exchange(requests, recover)
+            again = inner.exchange(requests, recover)  # the reply was lost: the caller repeats
             sent.extend(requests)
             for one, other in zip(first, again):
                 assert isinstance(one, Reply)

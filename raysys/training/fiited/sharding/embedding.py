@@ -7,7 +7,7 @@ are remembered, so that a restarted shard can be brought back to the others' ste
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,11 +35,17 @@ from raysys.training.fiited.sharding.rounds import Cut, Orders, churn_of, find_b
 from raysys.training.fiited.sharding.routing import BucketMap, Routed, Router
 from raysys.training.fiited.sharding.shard import ShardCore
 
+Recover = Callable[[int, Refusal], Reply]
+
 
 class Transport(Protocol):
-    """Carries requests to shards; ``requests`` has one entry per shard."""
+    """Carries requests to shards; ``requests`` has one entry per shard.
 
-    def exchange(self, requests: Sequence[Request]) -> list[Reply | Refusal]: ...
+    ``recover(shard, refusal)`` turns a refusal into the reply. It must not wait for other shards'
+    answers: these may wait, in a round, for the very shard that is to be recovered.
+    """
+
+    def exchange(self, requests: Sequence[Request], recover: Recover) -> list[Reply]: ...
 
     def exchange_one(self, shard: int, request: Request) -> Reply | Refusal: ...
 
@@ -50,17 +56,18 @@ class LocalTransport:
     def __init__(self, cores: Sequence[ShardCore]) -> None:
         self.cores = list(cores)
 
-    def exchange(self, requests: Sequence[Request]) -> list[Reply | Refusal]:
+    def exchange(self, requests: Sequence[Request], recover: Recover) -> list[Reply]:
         answers = [core.stage(request) for core, request in zip(self.cores, requests)]
         waiting = [core for core, answer in zip(self.cores, answers) if answer is None]
         due = [core for core in waiting if core.apply()]
         if due:
             run_round(due)
         fresh = {id(core): core.answer() for core in waiting}
-        return [
+        found: list[Reply | Refusal] = [
             fresh[id(core)][request.worker] if answer is None else answer
             for core, request, answer in zip(self.cores, requests, answers)
         ]
+        return [recover(i, one) if isinstance(one, Refusal) else one for i, one in enumerate(found)]
 
     def exchange_one(self, shard: int, request: Request) -> Reply | Refusal:
         raise RemoteError(f"embedding shard {shard}", "it lost its state", "Restart the run")
@@ -207,11 +214,7 @@ class ShardedEmbedding(nn.Module):
 
     def _exchange(self, requests: list[Request]) -> list[Reply]:
         self.log.append(requests)
-        answers = self.transport.exchange(requests)
-        replies = [
-            self._recover(shard, answer) if isinstance(answer, Refusal) else answer
-            for shard, answer in enumerate(answers)
-        ]
+        replies = self.transport.exchange(requests, self._recover)
         self.wire_bytes["out"] += sum(r.nbytes for r in requests)
         self.wire_bytes["in"] += sum(r.nbytes for r in replies)
         self.exchanges += 1
