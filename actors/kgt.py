@@ -218,13 +218,22 @@ class RemoteControl:
         self._snapshotting: Future[Any] | Any = None
         self._snapshot_due = True
         self._epoch = 0
+        self._missed = -1
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="kgt-snapshot")
 
     def wants(self, step: int) -> tuple[int, ...]:
-        """Modules to capture, as the last view said; nothing while the reference is busy."""
-        if self.disabled_reason or step % self.config.every or self._evaluating is not None:
+        """Modules to capture, as the last view said; nothing while the reference is busy.
+
+        A reference slower than n steps thus stretches the interval; what it missed is counted.
+        """
+        if self.disabled_reason or step % self.config.every:
             return ()
-        return self._view.wanted
+        if self._evaluating is None:
+            return self._view.wanted
+        if self._view.wanted and step != self._missed:
+            self._missed = step  # several forward passes may belong to one step
+            self.skipped += 1
+        return ()
 
     def observe(self, step: int, loss: float, rate: float, epoch: int) -> None:
         """Note the step; every few steps, exchange with the controller."""

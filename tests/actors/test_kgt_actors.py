@@ -19,12 +19,13 @@ from actors.kgt import (
     ReferenceActor,
     RemoteControl,
     Snapshot,
+    View,
     start_remote_control,
 )
 from actors.session import Session
 from raysys.errors import ConfigError
 from raysys.training.kgt import KGTConfig, ModulePlan, parse
-from raysys.training.kgt.decision import Offer
+from raysys.training.kgt.decision import Decision, Offer
 from raysys.training.kgt.loop import Recipe, TrainData, TrainLoop
 from raysys.training.kgt.models import ResNet
 from raysys.training.kgt.plasticity import gram
@@ -156,4 +157,18 @@ def test_repeated_failures_disable_freezing_and_release_nothing() -> None:
     assert not control.offer(offer_of(plan))
     control.observe(9, 1.0, 0.1, 0)
     assert control.latest().version == 0
+    control.close()
+
+
+def test_a_slow_reference_stretches_the_interval_and_is_counted() -> None:
+    model, plan = network()
+    control = RemoteControl(None, None, CONFIG, model, plan)
+    control._view = View(Decision(), (0,), False, 0)
+    control._evaluating = (offer_of(plan), None)  # still under way
+    due = [CONFIG.every, CONFIG.every, 2 * CONFIG.every]  # two forward passes of one step
+    assert [control.wants(step) for step in due] == [()] * 3
+    assert control.skipped == 2
+    control._evaluating = None
+    assert control.wants(3 * CONFIG.every) == (0,)
+    assert control.skipped == 2
     control.close()

@@ -22,7 +22,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
 from raysys.config import check, check_choice, check_range
-from raysys.errors import ConfigError
+from raysys.errors import ConfigError, DataError
 from raysys.training.kgt.baselines import NoFreezing
 from raysys.training.kgt.config import KGTConfig
 from raysys.training.kgt.controller import EventSink, ignore
@@ -120,6 +120,7 @@ class TrainLoop:
             )
         self.model = model.train()
         self.data = data
+        self.world = world
         self.recipe = recipe
         self.sampler = ShardStableSampler(len(data.y), rank=rank, world=world, seed=recipe.seed)
         batches = len(data.y) // world // recipe.batch_size
@@ -219,14 +220,21 @@ class TrainLoop:
             "random": torch.random.get_rng_state(),
             "kgt": self.kgt.state_dict(),
             "cpu_s": self.cpu_s,
+            "world": self.world,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the state was taken.
 
         Raises:
-            DataError: it belongs to another grouping of layer modules.
+            DataError: it belongs to another grouping of layer modules or number of ranks.
         """
+        if state["world"] != self.world:
+            raise DataError(
+                "checkpoint",
+                f"of a run with {state['world']} ranks, not {self.world}",
+                f"Resume with workers={state['world']}",
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])

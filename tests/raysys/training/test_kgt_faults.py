@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel as Parallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from raysys.errors import CapabilityError, ConfigError
+from raysys.errors import CapabilityError, ConfigError, DataError
 from raysys.training.kgt import (
     KGT,
     CacheConfig,
@@ -26,6 +30,7 @@ from raysys.training.kgt import (
 from raysys.training.kgt import watch as watching
 from raysys.training.kgt.cache import ActivationCache
 from raysys.training.kgt.inline import load_per_core
+from raysys.training.kgt.loop import Recipe, TrainData, TrainLoop
 from raysys.training.kgt.plan import parse
 from raysys.training.kgt.watch import WatchedKGT
 
@@ -82,8 +87,28 @@ def test_a_module_without_parameters_in_the_prefix_freezes_with_it() -> None:
     assert not torch.equal(before["3.weight"], model.state_dict()["3.weight"])
 
 
+class StochasticDepth(nn.Module):
+    """Skips each row's branch at random while training, by a mask that can be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Linear(8, 8)
+        self.drop = nn.Dropout1d(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept: Tensor = self.drop(self.branch(x)[None])[0]
+        return x + kept
+
+
 @pytest.mark.parametrize(
-    "norm", [lambda: nn.BatchNorm1d(8), lambda: nn.GroupNorm(2, 8), lambda: nn.LayerNorm(8)]
+    "norm",
+    [
+        lambda: nn.BatchNorm1d(8),
+        lambda: nn.SyncBatchNorm(8),
+        lambda: nn.GroupNorm(2, 8),
+        lambda: nn.LayerNorm(8),
+        StochasticDepth,
+    ],
 )
 def test_norms_and_dropout_in_the_prefix_are_in_eval_mode(norm: Callable[[], nn.Module]) -> None:
     model = chain(norm(), nn.Dropout(0.5))
@@ -118,6 +143,28 @@ def test_optimizers_skip_missing_gradients_however_they_are_cleared(make: Any) -
     assert torch.equal(before["0.weight"], model.state_dict()["0.weight"])
     assert not torch.equal(before["1.weight"], model.state_dict()["1.weight"])
     assert kgt.frozen_upto == 1  # the check of the first step found nothing
+
+
+def test_averaged_weights_and_clipping_leave_the_prefix_alone() -> None:
+    model = chain(nn.Linear(8, 8))
+    kgt = session(model, control=NoFreezing(), signature=[["0"], ["1"], ["2"]])
+    kgt.apply(1)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    before, (x, y) = state(model), batch()
+    for _ in range(3):
+        loss = functional.cross_entropy(kgt(x), y)
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        kgt.optimizer.step()
+        averaged.update_parameters(model)
+        kgt.step(loss)
+        kgt.optimizer.zero_grad()
+    after, mean = model.state_dict(), averaged.module.state_dict()
+    for name in ("0.weight", "0.bias"):
+        assert torch.equal(before[name], after[name])
+        assert torch.equal(before[name], mean[name])
+    assert not torch.equal(mean["2.weight"], after["2.weight"])
+    assert kgt.frozen_upto == 1
 
 
 def test_the_largest_rate_counts_and_a_plateau_scheduler_releases() -> None:
@@ -177,6 +224,34 @@ def test_compilation_wraps_the_runner_and_changes_nothing() -> None:
         trained.append(state(model))
     plain, compiled = trained
     assert all(torch.equal(plain[name], compiled[name]) for name in plain)
+
+
+def test_data_parallel_with_a_static_graph_is_built_anew_at_each_change(tmp_path: Path) -> None:
+    trained = []
+    store = f"file://{tmp_path / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        for wrap in (None, functools.partial(Parallel, static_graph=True)):
+            torch.manual_seed(0)
+            model = chain(nn.ReLU(), nn.Linear(8, 8))
+            control = Replay([(2, 1), (4, 2), (6, 0)])
+            grouping = [["0"], ["2"], ["3"]]
+            kgt = session(model, control=control, signature=grouping, wrap=wrap)
+            steps(kgt, 8)
+            trained.append(state(model))
+    finally:
+        dist.destroy_process_group()
+    plain, parallel = trained
+    assert all(torch.equal(plain[name], parallel[name]) for name in plain)
+
+
+def test_a_checkpoint_of_another_number_of_ranks_is_refused() -> None:
+    x, y = batch()
+    data, recipe = TrainData(x, y, np.arange(ROWS)), Recipe(epochs=1, batch_size=4)
+    two = TrainLoop(chain(), data, recipe, QUICK, rank=0, world=2)
+    one = TrainLoop(chain(), data, recipe, QUICK)
+    with pytest.raises(DataError, match="2 ranks, not 1"):
+        one.load_state_dict(two.state_dict())
 
 
 class FullyShardedDataParallel(nn.Module):
