@@ -210,15 +210,21 @@ def load_phone(path: Path) -> Phone:
     return config_from_dict(Phone, values)
 
 
+SNAPDRAGON_855 = (
+    CoreType(count=4, max_mhz=1785, capacity_per_mhz=488, power=232),
+    CoreType(count=3, max_mhz=2419, power=369),
+    CoreType(count=1, max_mhz=2841, power=421),
+)
+SNAPDRAGON_865 = (
+    CoreType(count=4, max_mhz=1804, capacity_per_mhz=448, power=105),
+    CoreType(count=3, max_mhz=2419, power=379),
+    CoreType(count=1, max_mhz=2841, power=444),
+)
 PHONES = (
     Phone(
         name="Galaxy Tab S6",
         soc="Snapdragon 855",
-        cores=(
-            CoreType(count=4, max_mhz=1785, capacity_per_mhz=488, power=232),
-            CoreType(count=3, max_mhz=2419, power=369),
-            CoreType(count=1, max_mhz=2841, power=421),
-        ),
+        cores=SNAPDRAGON_855,
         battery_mah=7040,
         latency_ms=44,
         resistance_k_per_w=5.0,
@@ -227,22 +233,14 @@ PHONES = (
     Phone(
         name="Galaxy S10e",
         soc="Snapdragon 855",
-        cores=(
-            CoreType(count=4, max_mhz=1785, capacity_per_mhz=488, power=232),
-            CoreType(count=3, max_mhz=2419, power=369),
-            CoreType(count=1, max_mhz=2841, power=421),
-        ),
+        cores=SNAPDRAGON_855,
         battery_mah=3100,
         latency_ms=44,
     ),
     Phone(
         name="OnePlus 8",
         soc="Snapdragon 865",
-        cores=(
-            CoreType(count=4, max_mhz=1804, capacity_per_mhz=448, power=105),
-            CoreType(count=3, max_mhz=2419, power=379),
-            CoreType(count=1, max_mhz=2841, power=444),
-        ),
+        cores=SNAPDRAGON_865,
         battery_mah=4300,
         latency_ms=27,
         ram_gb=8.0,
@@ -250,11 +248,7 @@ PHONES = (
     Phone(
         name="Xiaomi Mi 10",
         soc="Snapdragon 865",
-        cores=(
-            CoreType(count=4, max_mhz=1804, capacity_per_mhz=448, power=105),
-            CoreType(count=3, max_mhz=2419, power=379),
-            CoreType(count=1, max_mhz=2841, power=444),
-        ),
+        cores=SNAPDRAGON_865,
         battery_mah=4780,
         latency_ms=36,
         ram_gb=8.0,
