@@ -41,6 +41,20 @@ class ClientManager:
         """Number of models that have a column."""
         return self._utility.shape[1]
 
+    def resize(self, clients: IntArray, capacity: FloatArray) -> None:
+        """Take note that devices can afford something else from now on, [k] multiply-accumulates.
+
+        Raises:
+            ConfigError: a capacity that is not a finite number above 0.
+        """
+        wrong = np.flatnonzero(~np.isfinite(capacity) | (capacity <= 0))
+        if wrong.size:
+            row = int(wrong[0])
+            name = f"capacity[{int(clients[row])}]"
+            raise ConfigError(name, float(capacity[row]), "a finite number above 0")
+        self.capacity = self.capacity.copy()
+        self.capacity[clients] = capacity
+
     def inherit(self, parent: int) -> None:
         """Add a model whose utilities are its parent's."""
         column = self._utility[:, parent : parent + 1]
@@ -113,9 +127,14 @@ class ClientManager:
         self._seen[clients] = True
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Utilities of the clients that ever trained."""
+        """Utilities of the clients that ever trained, and what devices can afford by now."""
         seen = np.flatnonzero(self._seen)
-        return {"clients": seen, "utility": self._utility[seen], "columns": np.array([self.models])}
+        return {
+            "clients": seen,
+            "utility": self._utility[seen],
+            "columns": np.array([self.models]),
+            "capacity": self.capacity,
+        }
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Restore :meth:`state`.
@@ -124,8 +143,10 @@ class ClientManager:
             ConfigError: the checkpoint is of another population.
         """
         seen = np.asarray(state["clients"], dtype=np.int64)
-        if seen.size and seen.max() >= len(self.capacity):
-            raise ConfigError("population", len(self.capacity), f"more than {int(seen.max())}")
+        capacity = np.array(state["capacity"], dtype=np.float64)
+        if len(capacity) != len(self.capacity):
+            raise ConfigError("population", len(self.capacity), f"{len(capacity)} clients")
+        self.capacity = capacity
         self._utility = np.zeros((len(self.capacity), int(state["columns"][0])), dtype=np.float32)
         self._seen = np.zeros(len(self.capacity), dtype=bool)
         self._utility[seen] = state["utility"]

@@ -12,20 +12,40 @@ import numpy.typing as npt
 
 from raysys.federated.core.messages import IntArray
 from raysys.federated.fedtrans.config import GrowthConfig
-from raysys.federated.fedtrans.growth import Transformation
+from raysys.federated.fedtrans.growth import Transformation, degree_of_convergence, threshold
 from raysys.federated.fedtrans.transform import Step
 
 FloatArray = npt.NDArray[np.float64]
 MEMORY = 1000  # rounds of participants kept, the most that retirement may ask for
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """Whether it is time to grow, and why or why not.
+
+    Args:
+        slope: degree of convergence, loss units a round; None before there are enough rounds.
+        limit: the slope at or below which a model counts as converged. rounds: since its birth.
+    """
+
+    go: bool
+    why: str
+    slope: float | None
+    limit: float
+    rounds: int
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Transition:
-    """A decision to grow: in which round, from which model, and what was decided."""
+    """A decision to grow: in which round, from which model, what was decided, and on what grounds.
+
+    ``verdict`` is None for one that was asked for by hand.
+    """
 
     round_id: int
     parent: int
     plan: Transformation
+    verdict: Verdict | None = None
 
 
 class Journal:
@@ -93,6 +113,34 @@ class Journal:
         largest = self.largest_capacity()
         return macs >= largest or (self._full_at is not None and largest <= self._full_at)
 
+    def verdict(self, round_id: int, models: int, macs: int) -> Verdict:
+        """Whether the newest model should be transformed.
+
+        Args:
+            models: in training. macs: multiply-accumulates of the newest.
+        """
+        config, rounds = self._config, len(self.losses)
+        slope = degree_of_convergence(self.losses, config)
+        limit = threshold(self.losses, config)
+        why = ""
+        if not config.enabled:
+            why = "growth is off"
+        elif config.end_round is not None and round_id >= config.end_round:
+            why = f"no model is derived from round {config.end_round} on"
+        elif models >= config.max_models:
+            why = f"{models} models are in training, and no more are allowed"
+        elif self.exhausted(macs):
+            why = "no larger model fits a device that was seen lately"
+        elif slope is None:
+            why = f"{rounds} of {config.delta + config.gamma} rounds since the last model"
+        elif slope > limit:
+            why = f"still learning: the loss falls by {slope:.5f} a round, more than {limit:.5f}"
+        elif slope < -limit:
+            # A loss that rises as steeply as the limit allows it to fall is no elbow.
+            why = f"the loss rises by {-slope:.5f} a round: divergence, not convergence"
+        told = why or f"converged: the loss falls by {slope:.5f} a round, at most {limit:.5f}"
+        return Verdict(go=not why, why=told, slope=slope, limit=limit, rounds=rounds)
+
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Everything as JSON in a byte array: exact, and readable by a person."""
         record = {
@@ -120,6 +168,6 @@ def _transition(entry: dict[str, Any]) -> Transition:
     plan = dict(entry["plan"])
     steps = tuple(Step(**step) for step in plan.pop("steps"))
     lists: dict[str, Any] = {name: tuple(plan.pop(name)) for name in ("activeness", "dropped")}
-    return Transition(
-        entry["round_id"], entry["parent"], Transformation(steps=steps, **lists, **plan)
-    )
+    decided = Transformation(steps=steps, **lists, **plan)
+    verdict = None if entry["verdict"] is None else Verdict(**entry["verdict"])
+    return Transition(entry["round_id"], entry["parent"], decided, verdict)

@@ -57,7 +57,7 @@ def model_from_json(text: str) -> Model:
     """Read :meth:`Model.to_json`.
 
     Raises:
-        ConfigError: the text is not of a model, or its steps do not lead to its network.
+        ConfigError: the text is not of a model.
     """
     try:
         fields: dict[str, Any] = json.loads(text)
@@ -105,6 +105,26 @@ def derive(parent: Model, index: int, steps: Sequence[Step], round_id: int) -> M
         inherited=tuple(inherited),
         last_op=tuple(last_op),
     )
+
+
+def check_family(family: Sequence[Model]) -> None:
+    """Check that every member is what its recorded steps make of its parent.
+
+    Raises:
+        ConfigError: a record was damaged: its maps would carry weights to the wrong units.
+    """
+    for index, model in enumerate(family):
+        if model.parent is None and index == 0:
+            continue
+        sound = model.parent is not None and 0 <= model.parent < index
+        if sound and model.parent is not None:
+            again = derive(family[model.parent], model.parent, model.steps, model.created)
+            sound = dataclasses.replace(again, retired=model.retired) == model
+        if not sound:
+            raise ConfigError(
+                f"family[{index}]", model.net.describe(), "what its steps make of its parent",
+                "The record is damaged: take an earlier checkpoint",
+            )  # fmt: skip
 
 
 def ancestors(family: Sequence[Model], index: int) -> list[int]:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raysys.config import check
+from raysys.config import check, check_choice
 from raysys.errors import ConfigError
-from raysys.federated.core.model import FlatWeights, Mlp, ModelSpec
+from raysys.federated.core.model import FlatWeights, Mlp, ModelSpec, Task
 from raysys.federated.fedtrans.attention import Attention, Patches
 from raysys.federated.fedtrans.cells import (
     Array,
@@ -50,6 +50,7 @@ class CellNet:
 
     Args:
         shape: one sample, (F,) or (C, H, W). cells: at least one. classes: outputs.
+        task: "classification" or "regression".
 
     Raises:
         ConfigError: the cells do not fit one another.
@@ -58,12 +59,14 @@ class CellNet:
     shape: tuple[int, ...]
     cells: tuple[Cell, ...]
     classes: int = 10
+    task: Task = "classification"
 
     def __post_init__(self) -> None:
         sound = len(self.shape) in (1, 3) and min(self.shape) >= 1
         check(self, "shape", sound, "(features,) or (channels, height, width)")
         check(self, "cells", bool(self.cells), "at least one cell")
         check(self, "classes", self.classes >= 1, "at least 1")
+        check_choice(self, "task", ("classification", "regression"))
         self.signals()
 
     def signals(self) -> list[Signal]:
@@ -115,8 +118,8 @@ class CellNet:
         """The federated core's model; a ReLU perceptron becomes its ``Mlp``."""
         if all(isinstance(cell, Dense) and cell.activation == "relu" for cell in self.cells):
             widths = [signal.flat().width for signal in self.signals()]
-            return ModelSpec(architecture=Mlp(sizes=(*widths, self.classes)))
-        return ModelSpec(architecture=self)
+            return ModelSpec(architecture=Mlp(sizes=(*widths, self.classes)), task=self.task)
+        return ModelSpec(architecture=self, task=self.task)
 
     def initial(self, seed: int) -> FlatWeights:
         """Freshly drawn parameters, float32 [P]."""
@@ -141,7 +144,12 @@ class CellNet:
     def to_json(self) -> str:
         """The network as text; :func:`net_from_json` reads it."""
         cells = [{"kind": type(cell).__name__, **_fields(cell)} for cell in self.cells]
-        return json.dumps({"shape": self.shape, "cells": cells, "classes": self.classes})
+        whole = {"shape": self.shape, "cells": cells, "classes": self.classes, "task": self.task}
+        return json.dumps(whole)
+
+    def describe(self) -> str:
+        """The cells in short, such as ``Conv 4, Dense 16``: kinds and sizes of their spaces."""
+        return ", ".join(_short(cell) for cell in self.cells)
 
     def _flat_sizes(self) -> list[int]:
         return [tensor.size for cell in self.tensors() for tensor in cell]
@@ -160,15 +168,32 @@ def net_from_json(text: str) -> CellNet:
     """
     try:
         data = json.loads(text)
-        cells = []
-        for entry in data["cells"]:
-            fields = dict(entry)
-            cells.append(KINDS[fields.pop("kind")](**fields))
-        return CellNet(shape=tuple(data["shape"]), cells=tuple(cells), classes=data["classes"])
+        cells = tuple(cell_from_dict(entry) for entry in data["cells"])
+        return CellNet(
+            shape=tuple(data["shape"]), cells=cells, classes=data["classes"], task=data["task"]
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError("network", text[:80], "a network written by to_json", repr(error)) from (
             error
         )
+
+
+def cell_from_dict(entry: Mapping[str, Any]) -> Cell:
+    """A cell from its kind and fields, such as ``{"kind": "Conv", "channels": 4}``.
+
+    Raises:
+        ConfigError: no such kind, or fields that it does not have.
+    """
+    fields = dict(entry)
+    kind = fields.pop("kind", None)
+    if kind not in KINDS:
+        raise ConfigError("cells.kind", kind, f"one of {', '.join(KINDS)}")
+    try:
+        cell: Cell = KINDS[kind](**fields)
+    except TypeError as error:
+        known = [field.name for field in dataclasses.fields(KINDS[kind])]
+        raise ConfigError(f"cells.{kind}", fields, f"the fields {known}", str(error)) from error
+    return cell
 
 
 def _flat(parts: list[list[Array]]) -> Iterator[Array]:
@@ -179,6 +204,11 @@ def _into_head(signal: Signal) -> Signal:
     if len(signal.shape) == 2:
         return Signal((signal.width,), signal.space)
     return signal.flat()
+
+
+def _short(cell: Cell) -> str:
+    sizes = " x ".join(str(space.size) for _, space in sorted(cell.spaces().items()))
+    return f"{type(cell).__name__} {sizes}".strip()
 
 
 def _fields(cell: Any) -> dict[str, Any]:

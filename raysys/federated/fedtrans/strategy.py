@@ -23,13 +23,12 @@ from raysys.federated.fedtrans.config import FedTransConfig
 from raysys.federated.fedtrans.growth import (
     Transformation,
     activeness,
-    degree_of_convergence,
     plan_transformation,
-    threshold,
 )
-from raysys.federated.fedtrans.journal import Journal, Transition
+from raysys.federated.fedtrans.journal import Journal, Transition, Verdict
 from raysys.federated.fedtrans.lineage import (
     Model,
+    check_family,
     derive,
     first_model,
     model_from_json,
@@ -86,6 +85,14 @@ class FedTrans:
     def macs(self) -> list[int]:
         """Multiply-accumulates of one sample, by model."""
         return [model.net.macs() for model in self._family]
+
+    def resize(self, clients: IntArray, rate_mac_s: npt.NDArray[np.float64]) -> None:
+        """Take note that devices have become faster or slower, [k]; it counts from the next draw.
+
+        Raises:
+            ConfigError: a rate that is not a finite number above 0.
+        """
+        self.manager.resize(clients, rate_mac_s * self.config.assignment.sample_s)
 
     def start(self, facts: JobFacts) -> None:
         """Take note of the population and start the first line.
@@ -145,7 +152,13 @@ class FedTrans:
         return None
 
     def fold(self, round_id: int, model_id: int, total: ModelSum) -> None:
-        """Keep the model's sums until the round closes."""
+        """Keep the model's sums until the round closes; one retired meanwhile takes them too.
+
+        Raises:
+            ConfigError: there is no such model.
+        """
+        if not 0 <= model_id < len(self._lines):
+            raise ConfigError("model_id", model_id, f"one of {len(self._lines)} models")
         self._folded[model_id] = total
 
     def close(self, round_id: int, report: RoundReport) -> None:
@@ -158,8 +171,9 @@ class FedTrans:
         if newest in folded and folded[newest].weight > 0:
             self._watch(newest, folded[newest], before[newest], report)
         self._retire(round_id)
-        if self._due(round_id):
-            self.transform_now(round_id + 1)
+        verdict = self.verdict(round_id)
+        if verdict.go:
+            self.transform_now(round_id + 1, verdict=verdict)
 
     def predict_plan(self, client: int) -> list[tuple[int, float]]:
         """The model deployed on a client; the smallest where none fits."""
@@ -187,11 +201,19 @@ class FedTrans:
             raise ConfigError("model", 0, "any but the first, which the weakest devices need")
         self._family[model_id] = dataclasses.replace(self._family[model_id], retired=round_id)
 
-    def transform_now(self, round_id: int, cells: list[int] | None = None) -> Transformation | None:
+    def verdict(self, round_id: int) -> Verdict:
+        """Whether the newest model should be transformed after a round, and why or why not."""
+        models = sum(model.retired is None for model in self._family)
+        return self.journal.verdict(round_id, models, self._family[-1].net.macs())
+
+    def transform_now(
+        self, round_id: int, cells: list[int] | None = None, verdict: Verdict | None = None
+    ) -> Transformation | None:
         """Derive a new model from the newest one.
 
         Args:
             cells: transform exactly these, instead of the most active.
+            verdict: the grounds, for the record.
 
         Returns:
             What was done and why, or None where nothing was measured yet.
@@ -206,7 +228,7 @@ class FedTrans:
         plan = plan_transformation(
             model, active, growth, self.journal.largest_capacity(), self._seed, child
         )
-        self.journal.note(Transition(round_id, newest, plan))
+        self.journal.note(Transition(round_id, newest, plan, verdict))
         if plan.steps:
             self._add(derive(model, newest, plan.steps, round_id), newest)
         return plan
@@ -240,6 +262,7 @@ class FedTrans:
         family = [model_from_json(record) for record in records]
         if family[0].net != self._family[0].net:
             raise ConfigError("net", self._family[0].net, f"the checkpoint's {family[0].net}")
+        check_family(family)
         self._family = family
         self._lines = []
         for k, model in enumerate(family):
@@ -295,19 +318,6 @@ class FedTrans:
         steps = float(local.steps_of(counts).mean()) if len(counts) else 1.0
         gradient = total.mean() / (local.lr * max(1.0, steps))
         self.journal.active(activeness(self._family[newest].net, gradient, before))
-
-    def _due(self, round_id: int) -> bool:
-        growth = self.config.growth
-        if not growth.enabled or (growth.end_round is not None and round_id >= growth.end_round):
-            return False
-        if sum(model.retired is None for model in self._family) >= growth.max_models:
-            return False
-        if self.journal.exhausted(self._family[-1].net.macs()):
-            return False
-        slope = degree_of_convergence(self.journal.losses, growth)
-        limit = threshold(self.journal.losses, growth)
-        # A loss that rises as steeply as the limit allows it to fall is divergence, not an elbow.
-        return slope is not None and -limit <= slope <= limit
 
     def _retire(self, round_id: int) -> None:
         share = self.journal.shares(self.config.assignment.retire_rounds, len(self._family))

@@ -29,7 +29,7 @@ from raysys.federated.fedtrans.lineage import (
     project,
     similarity,
 )
-from raysys.federated.fedtrans.network import CellNet, net_from_json
+from raysys.federated.fedtrans.network import CellNet, cell_from_dict, net_from_json
 from raysys.federated.fedtrans.signal import Space
 from raysys.federated.fedtrans.transform import (
     Step,
@@ -213,4 +213,8 @@ def test_wrong_requests_are_refused() -> None:
     with pytest.raises(ConfigError, match="before pooling"):
         CellNet(shape=(1, 1, 1), cells=(Conv(channels=2, pool=True),))
     with pytest.raises(ConfigError, match="network"):
+        net_from_json("{}")
+    with pytest.raises(ConfigError, match=r"cells\.Dense"):
+        cell_from_dict({"kind": "Dense", "channels": 3})
+    with pytest.raises(ConfigError, match=r"cells\.kind"):
         net_from_json('{"shape": [3], "cells": [{"kind": "Unknown"}], "classes": 2}')
