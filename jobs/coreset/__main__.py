@@ -9,32 +9,21 @@ Each command takes --config FILE, --set a.b=VALUE and --run-dir; --help lists it
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
+from typing import Any
 
+from jobs.commands import run_command
 from jobs.coreset.report import JOB as REPORT
 from jobs.coreset.score import JOB as SCORE
 from jobs.coreset.select import JOB as SELECT
-from jobs.launcher import Job, main
+from jobs.launcher import Job
 
-COMMANDS: dict[str, Job] = {"score": SCORE, "select": SELECT, "report": REPORT}
+COMMANDS: dict[str, Job[Any]] = {"score": SCORE, "select": SELECT, "report": REPORT}
 
 
 def command_line(arguments: Sequence[str] | None = None) -> int:
-    """Run one of the commands; without one, or with ``--help``, print what there is."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given and given[0] in COMMANDS:
-        return main(COMMANDS[given[0]], given[1:])
-    if given and given[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    found = repr(given[0]) if given else "nothing"
-    print(
-        f"raysys: error: COMMAND: expected one of {', '.join(COMMANDS)}, got {found}. "
-        "See raysys coreset --help",
-        file=sys.stderr,
-    )
-    return 2
+    """Run one of the commands; returns the exit code."""
+    return run_command("coreset", __doc__, COMMANDS, arguments)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ raysys lte inspect --set model=TRAINED                        what a checkpoint 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.launcher import Job, main
+from jobs.commands import run_command
+from jobs.launcher import Job
 from jobs.lte import bench, convert, evaluate, inspection, serve, sweep, train
 
 COMMANDS: dict[str, Job[Any]] = {
@@ -29,18 +29,10 @@ COMMANDS: dict[str, Job[Any]] = {
 }
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
-    """Hand over to the command named first; returns the exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in {"-h", "--help"}:
-        print(__doc__)
-        return 0 if words else 2
-    if words[0] not in COMMANDS:
-        known = ", ".join(COMMANDS)
-        print(f"raysys: error: lte: unknown command {words[0]!r}; one of {known}", file=sys.stderr)
-        return 2
-    return main(COMMANDS[words[0]], words[1:])
+def command_line(arguments: Sequence[str] | None = None) -> int:
+    """Run one of the commands; returns the exit code."""
+    return run_command("lte", __doc__, COMMANDS, arguments)
 
 
 if __name__ == "__main__":
-    raise SystemExit(run())
+    raise SystemExit(command_line())

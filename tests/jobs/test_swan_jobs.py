@@ -13,7 +13,7 @@ from jobs.bench.swan import CLAIMS
 from jobs.bench.swan.lossy import lossy_relay
 from jobs.bench.swan.model import model_check_values
 from jobs.bench.swan.moves import _run, run_kills
-from jobs.device.__main__ import run as device
+from jobs.device.__main__ import command_line as device
 from jobs.tour.stages.swan import migrate
 from raysys.bench import Profile
 

@@ -28,7 +28,7 @@ from jobs import launcher
 from jobs.bench import venn as bench
 from jobs.tour.stage import StageContext
 from jobs.tour.stages.venn import STAGE
-from jobs.venn.__main__ import run as venn
+from jobs.venn.__main__ import command_line as venn
 from raysys.bench import Profile
 from raysys.federated.core.datasets import load_digits_data
 from raysys.federated.core.partition import PartitionConfig
