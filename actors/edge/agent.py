@@ -191,6 +191,7 @@ class DeviceAgent:
             endpoint=task.plan_uri.removeprefix("edge://"),
             upload=task.upload_endpoint,
             expires_s=self.device.clock() + float(offer.expiry_s[0]),
+            ticket=offer.ticket(0).hex(),
         )
         self.device.note("leased", f"job {work.job_id}, round {work.round}")
         return work, 0.0

@@ -187,4 +187,5 @@ def _lease(work: Work) -> Any:
         counter=work.counter,
         job_id=work.job_id,
         round=work.round,
+        ticket=bytes.fromhex(work.ticket),
     )

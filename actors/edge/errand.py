@@ -17,6 +17,7 @@ from actors.edge.profiles import Profiles
 from actors.edge.state import CHECKPOINTS, MODEL, UPDATE, Work
 from actors.edge.trainer import train_plan
 from actors.swan.engine import Swan
+from actors.venn.client import ticket_at
 from raysys.errors import InterruptedRunError, RaysysError, RemoteError
 from raysys.federated.core.training import Samples
 from raysys.federated.swan.energy import EnergyLoan
@@ -207,9 +208,12 @@ class Errand:
             await asyncio.sleep(max(RENEW_SHARE * left_s, 0.2))
             with contextlib.suppress(RemoteError):
                 async with self.device.gateway(work.gateway_address) as client:
-                    left = await client.renew(work.epoch, [work.counter])
+                    left, tickets = await client.prolong(work.epoch, [work.counter])
                 alive = len(left) == 1 and float(left[0]) > 0
                 work.expires_s = self.device.clock() + float(left[0]) if alive else 0.0
+                if alive and tickets:
+                    work.ticket = ticket_at(tickets, 0).hex()
+                    self.device.save()  # a killed device must not come back with an old ticket
 
     def _advance(self, work: Work, stage: str) -> None:
         work.stage = stage

@@ -15,10 +15,17 @@ import grpc
 from actors.edge.job import EdgeJob
 from actors.edge.registry import Registry
 from actors.proto.edge_messages import pb, rpc
-from actors.venn.security import SecurityConfig, TokenAuthority, interceptors, server_port
+from actors.venn.security import (
+    SecurityConfig,
+    TokenAuthority,
+    interceptors,
+    lease_seal,
+    server_port,
+)
 from actors.venn.status import code_of, typed, typed_stream
 from raysys.config import check_range
 from raysys.errors import ConfigError, DataError, InfeasibleError, RaysysError
+from raysys.federated.core.tickets import LeaseClaim
 from raysys.federated.swan.plans import PlanLimits, plan_to_json
 from raysys.federated.swan.rounds import LeaseKey
 from raysys.federated.swan.sharing import ProfileBook, SharingConfig
@@ -35,6 +42,8 @@ class EdgeServerConfig:
         code: enrolment code. folder: where enrolled devices are kept; empty for memory only.
         gateways: addresses told to devices. attributes: columns of a check-in, in Venn's order.
         partial_uploads: unfinished uploads held for a resume, oldest dropped first.
+        tickets: leases must carry the ticket that their gateway signed. It takes effect where
+            there is a token secret; turn it off for gateways that have another secret.
     """
 
     code: str = ""
@@ -43,6 +52,7 @@ class EdgeServerConfig:
     schema_version: int = 1
     attributes: tuple[str, ...] = ("cpu", "mem", "os")
     partial_uploads: int = 256
+    tickets: bool = True
     limits: PlanLimits = field(default_factory=PlanLimits)
     sharing: SharingConfig = field(default_factory=SharingConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
@@ -67,7 +77,9 @@ class EdgeServer(rpc.EdgePlaneServicer, rpc.EnrolmentServicer):  # type: ignore[
         self.port = 0
         self.bytes_down = self.bytes_up = 0
         self._clock = clock
+        self.refused_leases = 0
         self._authority = _authority(config.security)
+        self._seal = lease_seal(config.security) if config.tickets else None
         self.registry = Registry(
             config.code, clients, authority=self._authority, folder=config.folder
         )
@@ -204,12 +216,25 @@ class EdgeServer(rpc.EdgePlaneServicer, rpc.EnrolmentServicer):  # type: ignore[
 
     def _lease(self, request: Any, context: Any) -> tuple[EdgeJob, LeaseKey]:
         """The job and lease of a request from a device that is who it says it is."""
-        self._known(request.device_id, context)
+        device = self._known(request.device_id, context)
         lease = request.lease
+        self._check_ticket(device, lease)
         job = self.jobs.get(lease.job_id)
         if job is None:
             raise InfeasibleError(f"job {lease.job_id[:80]!r}", "it is not here", "Check in again")
         return job, (lease.gateway, lease.epoch, lease.counter)
+
+    def _check_ticket(self, device: str, lease: Any) -> None:
+        if self._seal is None:
+            return
+        claim = LeaseClaim(
+            device, lease.gateway, lease.epoch, lease.counter, lease.job_id, lease.round
+        )
+        try:
+            self._seal.check(claim, lease.ticket, self._clock())
+        except RaysysError:
+            self.refused_leases += 1
+            raise
 
     def _known(self, device: bytes, context: Any) -> str:
         name = device.hex()

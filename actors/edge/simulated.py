@@ -238,6 +238,7 @@ class SimulatedFleet:
             endpoint=task.plan_uri.removeprefix("edge://"),
             upload=task.upload_endpoint,
             expires_s=time.time() + float(offers.expiry_s[place]),
+            ticket=offers.ticket(place).hex(),
         )
 
     def _column(self, name: str, due: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

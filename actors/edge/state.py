@@ -40,6 +40,7 @@ class Work:
     nonce: str = ""
     model_bytes: int = 0
     model_sha256: str = ""
+    ticket: str = ""
 
 
 @dataclasses.dataclass(slots=True)

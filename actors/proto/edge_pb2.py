@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61\x63tors/proto/edge.proto\x12\x0eraysys.edge.v1\"D\n\x0c\x45nrolRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\"\x82\x01\n\x0b\x45nrolTicket\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0e\n\x06life_s\x18\x02 \x01(\x01\x12\x10\n\x08gateways\x18\x03 \x03(\t\x12\x16\n\x0eschema_version\x18\x04 \x01(\r\x12\x12\n\nattributes\x18\x05 \x03(\t\x12\x16\n\x0emean_sample_ms\x18\x06 \x01(\x01\"W\n\x05Lease\x12\x0f\n\x07gateway\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07\x63ounter\x18\x03 \x01(\x04\x12\x0e\n\x06job_id\x18\x04 \x01(\t\x12\r\n\x05round\x18\x05 \x01(\r\"Y\n\x0bPlanRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12$\n\x05lease\x18\x02 \x01(\x0b\x32\x15.raysys.edge.v1.Lease\x12\x11\n\tchallenge\x18\x03 \x01(\x0c\"\x8d\x01\n\nPlanAnswer\x12$\n\x05lease\x18\x01 \x01(\x0b\x32\x15.raysys.edge.v1.Lease\x12\x11\n\tchallenge\x18\x02 \x01(\x0c\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\x0c\n\x04plan\x18\x04 \x01(\t\x12\x13\n\x0bmodel_bytes\x18\x05 \x01(\x04\x12\x14\n\x0cmodel_sha256\x18\x06 \x01(\x0c\"m\n\x0cModelRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12$\n\x05lease\x18\x02 \x01(\x0b\x32\x15.raysys.edge.v1.Lease\x12\x14\n\x0cmodel_sha256\x18\x03 \x01(\x0c\x12\x0e\n\x06offset\x18\x04 \x01(\x04\"(\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\"y\n\nUploadHead\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12$\n\x05lease\x18\x02 \x01(\x0b\x32\x15.raysys.edge.v1.Lease\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06sha256\x18\x05 \x01(\x0c\"h\n\nUploadPart\x12*\n\x04head\x18\x01 \x01(\x0b\x32\x1a.raysys.edge.v1.UploadHeadH\x00\x12&\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x15.raysys.edge.v1.ChunkH\x00\x42\x06\n\x04part\"W\n\rUploadReceipt\x12\x10\n\x08\x63omplete\x18\x01 \x01(\x08\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\x12\x12\n\nhave_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\"P\n\x0eProfileMessage\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0f\n\x07profile\x18\x03 \x01(\t\x12\r\n\x05wrong\x18\x04 \x01(\x08\x32O\n\tEnrolment\x12\x42\n\x05\x45nrol\x12\x1c.raysys.edge.v1.EnrolRequest\x1a\x1b.raysys.edge.v1.EnrolTicket2\xf0\x02\n\tEdgePlane\x12\x42\n\x07GetPlan\x12\x1b.raysys.edge.v1.PlanRequest\x1a\x1a.raysys.edge.v1.PlanAnswer\x12\x41\n\x08\x44ownload\x12\x1c.raysys.edge.v1.ModelRequest\x1a\x15.raysys.edge.v1.Chunk0\x01\x12\x45\n\x06Upload\x12\x1a.raysys.edge.v1.UploadPart\x1a\x1d.raysys.edge.v1.UploadReceipt(\x01\x12\x45\n\x08Progress\x12\x1a.raysys.edge.v1.UploadHead\x1a\x1d.raysys.edge.v1.UploadReceipt\x12N\n\x0cShareProfile\x12\x1e.raysys.edge.v1.ProfileMessage\x1a\x1e.raysys.edge.v1.ProfileMessageb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61\x63tors/proto/edge.proto\x12\x0eraysys.edge.v1\"D\n\x0c\x45nrolRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\"\x82\x01\n\x0b\x45nrolTicket\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0e\n\x06life_s\x18\x02 \x01(\x01\x12\x10\n\x08gateways\x18\x03 \x03(\t\x12\x16\n\x0eschema_version\x18\x04 \x01(\r\x12\x12\n\nattributes\x18\x05 \x03(\t\x12\x16\n\x0emean_sample_ms\x18\x06 \x01(\x01\"g\n\x05Lease\x12\x0f\n\x07gateway\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07\x63ounter\x18\x03 \x01(\x04\x12\x0e\n\x06job_id\x18\x04 \x01(\t\x12\r\n\x05round\x18\x05 \x01(\r\x12\x0e\n\x06ticket\x18\x06 \x01(\x0c\"Y\n\x0bPlanRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12$\n\x05lease\x18\x02 \x01(\x0b\x32\x15.raysys.edge.v1.Lease\x12\x11\n\tchallenge\x18\x03 \x01(\x0c\"\x8d\x01\n\nPlanAnswer\x12$\n\x05lease\x18\x01 \x01(\x0b\x32\x15.raysys.edge.v1.Lease\x12\x11\n\tchallenge\x18\x02 \x01(\x0c\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\x0c\n\x04plan\x18\x04 \x01(\t\x12\x13\n\x0bmodel_bytes\x18\x05 \x01(\x04\x12\x14\n\x0cmodel_sha256\x18\x06 \x01(\x0c\"m\n\x0cModelRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12$\n\x05lease\x18\x02 \x01(\x0b\x32\x15.raysys.edge.v1.Lease\x12\x14\n\x0cmodel_sha256\x18\x03 \x01(\x0c\x12\x0e\n\x06offset\x18\x04 \x01(\x04\"(\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\"y\n\nUploadHead\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12$\n\x05lease\x18\x02 \x01(\x0b\x32\x15.raysys.edge.v1.Lease\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06sha256\x18\x05 \x01(\x0c\"h\n\nUploadPart\x12*\n\x04head\x18\x01 \x01(\x0b\x32\x1a.raysys.edge.v1.UploadHeadH\x00\x12&\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x15.raysys.edge.v1.ChunkH\x00\x42\x06\n\x04part\"W\n\rUploadReceipt\x12\x10\n\x08\x63omplete\x18\x01 \x01(\x08\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\x12\x12\n\nhave_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\"P\n\x0eProfileMessage\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0f\n\x07profile\x18\x03 \x01(\t\x12\r\n\x05wrong\x18\x04 \x01(\x08\x32O\n\tEnrolment\x12\x42\n\x05\x45nrol\x12\x1c.raysys.edge.v1.EnrolRequest\x1a\x1b.raysys.edge.v1.EnrolTicket2\xf0\x02\n\tEdgePlane\x12\x42\n\x07GetPlan\x12\x1b.raysys.edge.v1.PlanRequest\x1a\x1a.raysys.edge.v1.PlanAnswer\x12\x41\n\x08\x44ownload\x12\x1c.raysys.edge.v1.ModelRequest\x1a\x15.raysys.edge.v1.Chunk0\x01\x12\x45\n\x06Upload\x12\x1a.raysys.edge.v1.UploadPart\x1a\x1d.raysys.edge.v1.UploadReceipt(\x01\x12\x45\n\x08Progress\x12\x1a.raysys.edge.v1.UploadHead\x1a\x1d.raysys.edge.v1.UploadReceipt\x12N\n\x0cShareProfile\x12\x1e.raysys.edge.v1.ProfileMessage\x1a\x1e.raysys.edge.v1.ProfileMessageb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,25 +36,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENROLTICKET']._serialized_start=114
   _globals['_ENROLTICKET']._serialized_end=244
   _globals['_LEASE']._serialized_start=246
-  _globals['_LEASE']._serialized_end=333
-  _globals['_PLANREQUEST']._serialized_start=335
-  _globals['_PLANREQUEST']._serialized_end=424
-  _globals['_PLANANSWER']._serialized_start=427
-  _globals['_PLANANSWER']._serialized_end=568
-  _globals['_MODELREQUEST']._serialized_start=570
-  _globals['_MODELREQUEST']._serialized_end=679
-  _globals['_CHUNK']._serialized_start=681
-  _globals['_CHUNK']._serialized_end=721
-  _globals['_UPLOADHEAD']._serialized_start=723
-  _globals['_UPLOADHEAD']._serialized_end=844
-  _globals['_UPLOADPART']._serialized_start=846
-  _globals['_UPLOADPART']._serialized_end=950
-  _globals['_UPLOADRECEIPT']._serialized_start=952
-  _globals['_UPLOADRECEIPT']._serialized_end=1039
-  _globals['_PROFILEMESSAGE']._serialized_start=1041
-  _globals['_PROFILEMESSAGE']._serialized_end=1121
-  _globals['_ENROLMENT']._serialized_start=1123
-  _globals['_ENROLMENT']._serialized_end=1202
-  _globals['_EDGEPLANE']._serialized_start=1205
-  _globals['_EDGEPLANE']._serialized_end=1573
+  _globals['_LEASE']._serialized_end=349
+  _globals['_PLANREQUEST']._serialized_start=351
+  _globals['_PLANREQUEST']._serialized_end=440
+  _globals['_PLANANSWER']._serialized_start=443
+  _globals['_PLANANSWER']._serialized_end=584
+  _globals['_MODELREQUEST']._serialized_start=586
+  _globals['_MODELREQUEST']._serialized_end=695
+  _globals['_CHUNK']._serialized_start=697
+  _globals['_CHUNK']._serialized_end=737
+  _globals['_UPLOADHEAD']._serialized_start=739
+  _globals['_UPLOADHEAD']._serialized_end=860
+  _globals['_UPLOADPART']._serialized_start=862
+  _globals['_UPLOADPART']._serialized_end=966
+  _globals['_UPLOADRECEIPT']._serialized_start=968
+  _globals['_UPLOADRECEIPT']._serialized_end=1055
+  _globals['_PROFILEMESSAGE']._serialized_start=1057
+  _globals['_PROFILEMESSAGE']._serialized_end=1137
+  _globals['_ENROLMENT']._serialized_start=1139
+  _globals['_ENROLMENT']._serialized_end=1218
+  _globals['_EDGEPLANE']._serialized_start=1221
+  _globals['_EDGEPLANE']._serialized_end=1589
 # @@protoc_insertion_point(module_scope)

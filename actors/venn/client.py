@@ -15,6 +15,7 @@ import numpy.typing as npt
 from actors.proto.messages import pb, rpc
 from actors.venn.security import SecurityConfig, channel, metadata
 from actors.venn.status import remote_error
+from raysys.federated.core.tickets import TICKET_BYTES
 
 TIMEOUT_S = 10.0
 
@@ -146,6 +147,11 @@ class Assignments:
     expiry_s: npt.NDArray[np.float32]
     retry_after_s: npt.NDArray[np.float32]
     tasks: dict[int, Any]
+    tickets: bytes = b""
+
+    def ticket(self, place: int) -> bytes:
+        """Proof of the lease at a place of the batch; empty from a service without tickets."""
+        return ticket_at(self.tickets, place)
 
 
 class DeviceClient(_Client):
@@ -197,10 +203,22 @@ class DeviceClient(_Client):
 
     async def renew(self, epoch: int, leases: Sequence[int]) -> npt.NDArray[np.float32]:
         """Prolong leases; seconds left of each, 0 for one that is not live."""
+        return (await self.prolong(epoch, leases))[0]
+
+    async def prolong(
+        self, epoch: int, leases: Sequence[int]
+    ) -> tuple[npt.NDArray[np.float32], bytes]:
+        """As :meth:`renew`, with the new tickets; see :func:`ticket_at`."""
         counters = np.asarray(leases, dtype="<u8").tobytes()
         request = pb.LeaseBatch(epoch=epoch, lease_counters=counters)
         answer = await self._call(self._stub.Renew, request)
-        return np.frombuffer(answer.expiry_s, dtype="<f4")
+        return np.frombuffer(answer.expiry_s, dtype="<f4"), bytes(answer.lease_tickets)
+
+
+def ticket_at(tickets: bytes, place: int) -> bytes:
+    """One entry of a column of lease tickets; empty where there is none."""
+    found = tickets[TICKET_BYTES * place : TICKET_BYTES * (place + 1)]
+    return found if any(found) else b""
 
 
 def unpack(answer: Any) -> Assignments:
@@ -213,4 +231,5 @@ def unpack(answer: Any) -> Assignments:
         np.frombuffer(answer.expiry_s, dtype="<f4"),
         np.frombuffer(answer.retry_after_s, dtype="<f4"),
         {task.slot: task for task in answer.tasks},
+        bytes(answer.lease_tickets),
     )

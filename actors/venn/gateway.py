@@ -20,9 +20,17 @@ from grpc_reflection.v1alpha import reflection
 
 from actors.proto.messages import pb, rpc
 from actors.venn import wire
-from actors.venn.security import SecurityConfig, channel, interceptors, metadata, server_port
+from actors.venn.security import (
+    SecurityConfig,
+    channel,
+    interceptors,
+    lease_seal,
+    metadata,
+    server_port,
+)
 from actors.venn.status import typed, typed_stream
 from raysys.errors import RemoteError
+from raysys.federated.core.tickets import TICKET_BYTES, LeaseClaim
 from raysys.federated.venn.gateway import GatewayCore
 from raysys.federated.venn.gateway_plan import GatewayConfig, Usage
 
@@ -54,6 +62,7 @@ class GatewayServer(rpc.DeviceGatewayServicer):  # type: ignore[misc]
         self.checkins = 0
         self._scheduler = scheduler
         self._security = security or SecurityConfig()
+        self._seal = lease_seal(self._security)
         self._interval_s = report_interval_s
         self._clock = clock
         self._server: Any = None
@@ -127,7 +136,9 @@ class GatewayServer(rpc.DeviceGatewayServicer):  # type: ignore[misc]
         counters = await self._counters(request, context)
         left = self.core.renew(counters, self._clock())
         return pb.LeaseAckBatch(
-            accepted=(left > 0).tobytes(), expiry_s=left.astype("<f4").tobytes()
+            accepted=(left > 0).tobytes(),
+            expiry_s=left.astype("<f4").tobytes(),
+            lease_tickets=self._tickets(counters, left),
         )
 
     @typed
@@ -151,7 +162,23 @@ class GatewayServer(rpc.DeviceGatewayServicer):  # type: ignore[misc]
         )
         self.checkins += len(offers.slots)
         core = self.core
-        return wire.offer_message(offers, request.sequence, core.name, core.incarnation)
+        tickets = self._tickets(offers.leases, offers.expiry_s)
+        return wire.offer_message(offers, request.sequence, core.name, core.incarnation, tickets)
+
+    def _tickets(self, counters: npt.NDArray[np.uint64], left_s: npt.NDArray[np.floating]) -> bytes:
+        """Signed proof of every live lease, zeros for the others; empty without a secret."""
+        if self._seal is None:
+            return b""
+        column = bytearray(TICKET_BYTES * len(counters))
+        name, epoch, now_s = self.core.name, self.core.incarnation, time.time()
+        for place, (device, held) in self.core.holders(counters, self._clock()).items():
+            task: Any = held.task
+            counter = int(counters[place])
+            claim = LeaseClaim(device.hex(), name, epoch, counter, task.job_id, task.round)
+            start = TICKET_BYTES * place
+            ticket = self._seal.issue(claim, now_s + float(left_s[place]))
+            column[start : start + TICKET_BYTES] = ticket
+        return bytes(column)
 
     async def _counters(self, request: Any, context: Any) -> npt.NDArray[np.uint64]:
         counters = wire.counters_of(request.lease_counters)

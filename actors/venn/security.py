@@ -17,6 +17,7 @@ import grpc
 from actors.venn.status import DecodeInterceptor
 from raysys.config import check
 from raysys.errors import ConfigError, StorageError
+from raysys.federated.core.tickets import LeaseSeal
 
 ROLES = ("device", "job", "gateway")
 ROLE_OF_SERVICE = {
@@ -172,6 +173,15 @@ def interceptors(config: SecurityConfig, clock: Callable[[], float]) -> list[Any
     revoked = Path(config.revoked) if config.revoked else None
     authority = TokenAuthority(_file(config.token_secret).strip(), revoked)
     return [TokenInterceptor(authority, clock), DecodeInterceptor()]
+
+
+def lease_seal(config: SecurityConfig) -> LeaseSeal | None:
+    """What signs and checks lease tickets; None in a deployment without a token secret.
+
+    Raises:
+        StorageError: the secret cannot be read. ConfigError: it is too short.
+    """
+    return LeaseSeal(_file(config.token_secret).strip()) if config.token_secret else None
 
 
 def channel(address: str, config: SecurityConfig, limit_bytes: int = 64 * 2**20) -> Any:

@@ -105,8 +105,10 @@ def plan_from_message(message: Any, now_s: float) -> GatewayPlan:
     )
 
 
-def offer_message(offers: Offers, sequence: int, gateway: str, incarnation: int) -> Any:
-    """Answer to one batch."""
+def offer_message(
+    offers: Offers, sequence: int, gateway: str, incarnation: int, tickets: bytes = b""
+) -> Any:
+    """Answer to one batch; ``tickets`` as in the protocol."""
     return pb.OfferBatch(
         sequence=sequence,
         gateway=gateway,
@@ -116,6 +118,7 @@ def offer_message(offers: Offers, sequence: int, gateway: str, incarnation: int)
         expiry_s=offers.expiry_s.astype("<f4").tobytes(),
         retry_after_s=offers.retry_s.astype("<f4").tobytes(),
         tasks=[item.task for item in offers.rounds.values()],
+        lease_tickets=tickets,
     )
 
 

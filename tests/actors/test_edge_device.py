@@ -125,8 +125,8 @@ class Gateway:
         self.released.append(outcomes)
         return b"\x01"
 
-    async def renew(self, epoch: int, leases: list[int]) -> list[float]:
-        return [60.0]
+    async def prolong(self, epoch: int, leases: list[int]) -> tuple[list[float], bytes]:
+        return [60.0], b""
 
 
 def test_training_goes_on_where_it_was_stopped(tmp_path: Path) -> None:

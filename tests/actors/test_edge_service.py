@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -14,14 +15,15 @@ import pytest
 from edge_parts import CLIENTS, RECIPE, device_config, identities, venn_config
 
 from actors.edge.agent import DeviceAgent
-from actors.edge.client import EdgeClient
+from actors.edge.client import DownloadBrokenError, EdgeClient
 from actors.edge.config import SamplesConfig
-from actors.edge.job import EdgeJobConfig
+from actors.edge.job import EdgeJob, EdgeJobConfig
 from actors.edge.registry import Registry
 from actors.edge.server import EdgeServer, EdgeServerConfig
 from actors.edge.service import EdgeService
 from actors.edge.simulated import SimulateConfig, SimulatedFleet
 from actors.edge.state import Work
+from actors.venn.security import SecurityConfig
 from raysys.errors import ConfigError, DataError, RemoteError
 from raysys.federated.core.partition import PartitionConfig
 from raysys.federated.core.recipe import (
@@ -31,6 +33,9 @@ from raysys.federated.core.recipe import (
     make_population,
 )
 from raysys.federated.core.runner import run_rounds
+from raysys.federated.core.tickets import LeaseClaim, LeaseSeal
+from raysys.federated.swan.plans import FACTS, PlanLimits, pack_update
+from raysys.federated.swan.rounds import EdgeRound
 
 
 def test_devices_learn_what_the_simulation_learns(tmp_path: Path) -> None:
@@ -58,6 +63,8 @@ def test_devices_learn_what_the_simulation_learns(tmp_path: Path) -> None:
         updates = await asyncio.gather(*runs)
         await service.close()
         assert sum(updates) == 2 * CLIENTS
+        assert service.server is not None
+        assert service.server.refused_leases == 0, "the gateway signed what was used"
         assert all(agent.device.state.token for agent in agents)
         assert all(agent.device.state.sample_ms > 0 for agent in agents)
         return line.weights(0)
@@ -155,3 +162,67 @@ def test_registry_keeps_its_devices(tmp_path: Path) -> None:
     kept.write_text('{"id": "torn\n' + kept.read_text())
     with pytest.raises(DataError, match="line 1"):
         Registry("c", 2, folder=str(tmp_path))
+
+
+def test_leases_without_a_living_ticket_of_a_gateway_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("s" * 40)
+    security = SecurityConfig(token_secret=str(tmp_path / "secret"))
+    seal = LeaseSeal(b"s" * 40)
+    data = load_data(RECIPE.data, RECIPE.seed, None)
+    line = make_line(RECIPE, RECIPE.model.spec(data))
+
+    async def scenario() -> None:
+        server = EdgeServer(EdgeServerConfig(code="c", security=security), clients=CLIENTS)
+        end = f"127.0.0.1:{await server.start()}"
+        job = EdgeJob(EdgeJobConfig(job_id="j"), line, CLIENTS, 0, None)  # type: ignore[arg-type]
+        server.add(job)
+        job.model, job.model_sha256 = b"m", hashlib.sha256(b"m").digest()
+        job.opened = EdgeRound(line, 0, 1, seed=0, secret=b"r" * 32)
+        tokens = {}
+        for device in (b"d", b"e"):
+            async with EdgeClient(end, device * 16) as client:
+                tokens[device] = (await client.enrol("c", "{}")).token
+
+        def work(counter: int, ticket: bytes) -> Work:
+            return Work(
+                end, "g", 1, counter, "j", 0, end, end, time.time() + 60, ticket=ticket.hex(),
+                nonce="00", model_sha256=job.model_sha256.hex(), model_bytes=1,
+            )  # fmt: skip
+
+        def ticket(counter: int, device: bytes = b"d", life_s: float = 60.0) -> bytes:
+            claim = LeaseClaim((device * 16).hex(), "g", 1, counter, "j", 0)
+            return seal.issue(claim, time.time() + life_s)
+
+        bad = {
+            "came with the lease": work(1, b""),
+            "signed for this device": work(1, b"forged"),
+            "has expired": work(1, ticket(1, life_s=-60.0)),
+            "this device, lease and round": work(2, ticket(1)),
+            "for this device, lease": work(1, ticket(1, b"e")),
+        }
+        identity = dataclasses.replace(security, token=tokens[b"d"])
+        async with EdgeClient(end, b"d" * 16, identity) as client:
+            for reason, refused in bad.items():
+                for ask in (
+                    client.plan(refused, PlanLimits()),
+                    client.download(refused, b""),
+                    client.upload(refused, b"x"),
+                ):
+                    with pytest.raises((RemoteError, DownloadBrokenError), match=reason):
+                        await ask
+            assert server.refused_leases == 3 * len(bad)
+            good = work(1, ticket(1))
+            good.nonce = (await client.plan(good, PlanLimits())).nonce.hex()
+            update = pack_update(np.zeros_like(line.weights(0)), dict.fromkeys(FACTS, 1.0))
+            assert (await client.upload(good, update)).accepted
+            # The same lease again, with its genuine ticket: nothing counts twice ...
+            assert (await client.upload(good, update)).accepted
+            assert job.opened is not None
+            assert (job.opened.answers, job.opened.duplicates) == (1, 1)
+            # ... and in the next round it is worth nothing.
+            job.opened = EdgeRound(line, 1, 1, seed=0, secret=b"r" * 32)
+            with pytest.raises(RemoteError, match=r"FAILED_PRECONDITION.*not of this round"):
+                await client.upload(good, update)
+        await server.close()
+
+    asyncio.run(scenario())

@@ -146,6 +146,14 @@ class GatewayCore:
             left[places] = self.leases.prolong(live, now_s, spans_s[inverse]) - now_s
         return left
 
+    def holders(self, counters: Counters, now_s: float) -> dict[int, tuple[bytes, GatewayRound]]:
+        """Device and round of those leases that are live, by their place in ``counters``."""
+        rows = self.leases.rows(counters, now_s)
+        places = np.flatnonzero(rows >= 0)
+        devices = self.leases.devices(rows[places])
+        found = zip(places.tolist(), devices, self.leases.round_id[rows[places]].tolist())
+        return {p: (d, self.rounds[r]) for p, d, r in found if r in self.rounds}
+
     def release(self, counters: Counters, outcomes: bytes, now_s: float) -> Bools:
         """End leases as done, declined or failed; False for one that is unknown or expired.
 

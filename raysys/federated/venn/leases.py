@@ -109,6 +109,11 @@ class LeaseTable:
         rows[(rows >= 0) & (self.expires_s[rows] <= now_s)] = -1
         return rows
 
+    def devices(self, rows: Ints) -> list[bytes]:
+        """Who holds the leases in these rows."""
+        held: list[bytes] = self._device[rows].tolist()
+        return held
+
     def prolong(self, rows: Ints, now_s: float, lease_s: npt.ArrayLike) -> Floats:
         """Let live leases last ``lease_s`` from now, never past the round's end, never shorter."""
         wanted = np.minimum(now_s + np.asarray(lease_s), self.ends_s[rows])
