@@ -1,7 +1,7 @@
 """Train a federated model: clients in bulk on every core, any server optimiser, exact resume.
 
 raysys federate --config my.yaml --run-dir runs/mine
-raysys federate explain runs/mine      # why cohorts split, and who is where
+raysys federate explain runs/mine      # why cohorts split and models grew, and who is where
 """
 
 from __future__ import annotations
@@ -14,32 +14,24 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from actors.federated.cohorts import build_auxo
+from actors.federated.cohorts import build_auxo, build_family
 from actors.federated.coordinator import EXPLAIN_FILE, RoundSummary
-from actors.federated.driver import FederatedRun
+from actors.federated.driver import FederatedRun, MakeJob
 from actors.federated.ensemble import build_ensemble
+from actors.federated.outcome import model_facts, model_ids, sections, told
 from actors.venn.cohorts import VennConfig, finish_job, with_venn
 from jobs.launcher import Job, JobContext, Summary, main
 from raysys import machine
-from raysys.config import check_range
+from raysys.config import check, check_range
 from raysys.errors import ConfigError, InfeasibleError, RaysysError
 from raysys.federated.auxo.config import AuxoConfig
-from raysys.federated.auxo.drawing import cohort_section, lines
 from raysys.federated.core.datasets import FederatedData
-from raysys.federated.core.evaluation import outputs
 from raysys.federated.core.model import ModelSpec, layout_of
 from raysys.federated.core.population import Population
 from raysys.federated.core.recipe import FederatedConfig, load_data, make_job, make_population
 from raysys.federated.core.serialize import pack_arrays
 from raysys.federated.fed_ensemble.ensemble import EnsembleConfig
-from raysys.federated.fed_ensemble.prediction import (
-    fit_temperature,
-    loss_by_temperature,
-    predict,
-)
+from raysys.federated.fedtrans.recipe import FamilyConfig, first_net, with_speeds
 from raysys.report import Plot, Section, Table, new_figure, render_page
 from raysys.runs import RunDirectory
 
@@ -57,6 +49,7 @@ class FederateConfig:
         venn: take the devices of every round from this Venn service; None draws them here.
         ensemble: train K models at the cost of one (Fed-ensemble); None trains one.
         auxo: find cohorts of similar clients while training (Auxo); None has one cohort.
+        family: grow a family of models that fits unequal devices (FedTrans); None trains one size.
         rounds: number of rounds.
         workers: worker actors. worker_cpus: logical CPUs each of them reserves.
         combiners: actors that add up the workers' sums; None takes one per eight workers beyond
@@ -68,6 +61,7 @@ class FederateConfig:
     recipe: FederatedConfig = dataclasses.field(default_factory=FederatedConfig)
     ensemble: EnsembleConfig | None = None
     auxo: AuxoConfig | None = None
+    family: FamilyConfig | None = None
     venn: VennConfig | None = None
     rounds: int = 100
     workers: int = 2
@@ -77,6 +71,8 @@ class FederateConfig:
     checkpoint_every: int = 20
 
     def __post_init__(self) -> None:
+        both = self.family is not None and self.ensemble is not None
+        check(self, "family", not both, "None with an ensemble", "A family is several models")
         check_range(self, "rounds", 1)
         check_range(self, "workers", 1)
         check_range(self, "worker_cpus", 0)
@@ -96,18 +92,13 @@ def run(config: FederateConfig, context: JobContext) -> Summary:
     recipe = config.recipe
     data = load_data(recipe.data, recipe.seed, machine.data_dir())
     population = make_population(recipe, data)
-    spec = recipe.model.spec(data)
+    spec, make, population = _plan(config, data, population)
     layout_of(spec)
     have = _rounds_done(context) if context.resumed else 0
     context.ray(num_cpus=max(config.workers, machine.available_cores()))
-    make = None
-    if config.ensemble is not None:
-        make = functools.partial(build_ensemble, recipe, config.ensemble, spec)
-    if config.auxo is not None:
-        make = functools.partial(build_auxo, recipe, config.auxo, config.ensemble, spec)
     if config.venn is not None:
         venn = dataclasses.replace(config.venn, rounds=config.venn.rounds or config.rounds)
-        make = functools.partial(with_venn, make or functools.partial(make_job, recipe, spec), venn)
+        make = functools.partial(with_venn, make, venn)
     federated = FederatedRun(
         recipe,
         data,
@@ -127,19 +118,37 @@ def run(config: FederateConfig, context: JobContext) -> Summary:
             finish_job(config.venn)
         explained = federated.explain()
         context.run.write_json(EXPLAIN_FILE, explained)
-        models = _model_names(config, explained)
-        members = {name: federated.weights(model) for name, model in models.items()}
-        context.run.storage.write(MODEL_FILE, pack_arrays(members))
-        stacked = np.stack(list(members.values()))
-        context.run.write_json(MODEL_FACTS, _model_facts(spec, stacked, data))
+        ids = model_ids(explained, 1 if config.ensemble is None else config.ensemble.k)
+        models = {name: federated.weights(model) for name, model in ids.items()}
+        context.run.storage.write(MODEL_FILE, pack_arrays(models))
+        context.run.write_json(MODEL_FACTS, model_facts(spec, models, data, explained))
         facts = federated.health()
     finally:
         federated.close()
     return _finish(config, context, data, population, summaries, {**facts, "explained": explained})
 
 
+def _plan(
+    config: FederateConfig, data: FederatedData, population: Population
+) -> tuple[ModelSpec, MakeJob, Population]:
+    """The (first) model, how the coordinator builds the job, and the population with its speeds."""
+    recipe = config.recipe
+    if config.family is not None:
+        net = first_net(config.family, recipe.model, data)
+        population = with_speeds(population, net, config.family, recipe.seed)
+        family = functools.partial(build_family, recipe, config.family, config.auxo, net)
+        return net.spec(), family, population
+    spec = recipe.model.spec(data)
+    make: MakeJob = functools.partial(make_job, recipe, spec)
+    if config.ensemble is not None:
+        make = functools.partial(build_ensemble, recipe, config.ensemble, spec)
+    if config.auxo is not None:
+        make = functools.partial(build_auxo, recipe, config.auxo, config.ensemble, spec)
+    return spec, make, population
+
+
 def explain(arguments: Sequence[str]) -> int:
-    """Print why the cohorts of a run are what they are, from its newest checkpoint."""
+    """Print why cohorts and models of a run are what they are, from its newest checkpoint."""
     try:
         if len(arguments) != 1:
             raise ConfigError(
@@ -149,29 +158,15 @@ def explain(arguments: Sequence[str]) -> int:
         facts = {} if found is None else json.loads(found[1].get(EXPLAIN_FILE, b"{}"))
         if not facts:
             raise InfeasibleError(
-                f"explain {arguments[0]}", "the run has no cohorts or no checkpoint yet",
-                "Give a run with auxo and checkpoint_every set",
+                f"explain {arguments[0]}", "no cohorts, no family, or no checkpoint yet",
+                "Give a run with auxo or family, and checkpoint_every set",
             )  # fmt: skip
     except RaysysError as error:
         print(f"raysys: error: {error}", file=sys.stderr)
         return error.exit_code
     print(f"after round {found[0] if found else 0}")
-    print("\n".join(lines(facts)))
+    print("\n".join(told(facts)))
     return 0
-
-
-def _model_names(config: FederateConfig, explained: dict[str, Any]) -> dict[str, int]:
-    """Model id by name in the model file: one, members of an ensemble, or cohorts."""
-    k = 1 if config.ensemble is None else config.ensemble.k
-    members = {"weights" if k == 1 else f"weights.{m}": m for m in range(k)}
-    cohorts: dict[str, int] = explained.get("models", {})
-    if not cohorts:
-        return members
-    return {
-        f"{name}.cohort{cohort}": first + m
-        for cohort, first in cohorts.items()
-        for name, m in members.items()
-    }
 
 
 def _follow(
@@ -242,33 +237,13 @@ def _finish(
         " ".join(lines),
         [
             _curves(scored),
-            *([cohort_section(facts["explained"])] if facts["explained"] else []),
+            *sections(facts["explained"]),
             _losses(summaries),
             _table(config, summaries, facts),
         ],
     )
     context.run.storage.write(REPORT, report.encode())
     return Summary(lines=lines, report=REPORT)
-
-
-def _model_facts(
-    spec: ModelSpec, members: npt.NDArray[np.float32], data: FederatedData
-) -> dict[str, Any]:
-    """What serving needs beside the weights; the temperature is fitted on the test set."""
-    temperature = 1.0
-    if spec.task == "classification" and len(np.unique(data.test_targets)) > 1:
-        inputs = data.test_samples().inputs
-        logits = np.stack([outputs(spec, row, inputs).numpy() for row in members])
-        losses = loss_by_temperature(predict(logits).probabilities, data.test_targets)
-        temperature = fit_temperature(losses, len(data.test_targets), data.classes)
-    return {
-        "shape": list(data.inputs.shape[1:]),
-        "classes": data.classes,
-        "outputs": data.classes or int(data.targets.shape[1]),
-        "vocabulary": data.vocabulary,
-        "members": len(members),
-        "temperature": temperature,
-    }
 
 
 def _row(summary: RoundSummary) -> dict[str, Any]:

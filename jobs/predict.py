@@ -20,6 +20,7 @@ from raysys.errors import DataError
 from raysys.federated.core.datasets import FederatedData
 from raysys.federated.core.model import ModelSpec
 from raysys.federated.core.serialize import unpack_arrays
+from raysys.federated.fedtrans.network import net_from_json
 from raysys.runs import RunDirectory
 
 APPLICATION = "federated"
@@ -32,11 +33,13 @@ class PredictConfig:
 
     Args:
         run: run directory of ``raysys federate``, a path or a URI.
+        model: name of a family's member in ``model.json``; empty takes the largest.
         host, port: where to listen. replicas: copies of the model.
         temperature: of the prediction; None takes the one that training fitted.
     """
 
     run: str = ""
+    model: str = ""
     host: str = "127.0.0.1"
     port: int = 8001
     replicas: int = 1
@@ -54,17 +57,26 @@ def load_endpoint(config: PredictConfig) -> tuple[Any, ...]:
     """Arguments of :class:`EnsembleEndpoint` from a run directory.
 
     Raises:
-        StorageError: no such run. DataError: it has no model, or a damaged one.
+        StorageError: no such run. DataError: it has no model, or a damaged one. ConfigError: the
+            run has no family, or no such member.
     """
     run = RunDirectory.open(config.run)
     if not run.storage.exists(MODEL_FILE):
         raise DataError(config.run, f"has no {MODEL_FILE}", "Let the run finish: --resume")
     facts = run.read_json(MODEL_FACTS)
-    trained = config_from_dict(FederateConfig, run.manifest.config)
-    spec = _spec(trained, facts)
     arrays = unpack_arrays(run.storage.read(MODEL_FILE), MODEL_FILE)
-    members = np.stack([arrays[name] for name in sorted(arrays)])
-    temperature = config.temperature or facts["temperature"]
+    fitted = facts["temperature"]
+    family = facts.get("family", {})
+    if family:
+        name = config.model or max(family, key=lambda name: family[name]["macs"])
+        check(config, "model", name in family, f"one of {sorted(family)}")
+        spec, fitted = net_from_json(family[name]["net"]).spec(), family[name]["temperature"]
+        members = arrays[name][None]
+    else:
+        check(config, "model", not config.model, "empty: the run has no family")
+        spec = _spec(config_from_dict(FederateConfig, run.manifest.config), facts)
+        members = np.stack([arrays[name] for name in sorted(arrays)])
+    temperature = config.temperature or fitted
     return spec, members, tuple(facts["shape"]), temperature, facts["vocabulary"]
 
 

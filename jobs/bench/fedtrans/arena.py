@@ -30,6 +30,7 @@ from raysys.federated.core.strategy import Strategy
 from raysys.federated.fedtrans.cells import Dense
 from raysys.federated.fedtrans.config import FedTransConfig, GrowthConfig
 from raysys.federated.fedtrans.network import CellNet
+from raysys.federated.fedtrans.recipe import simulated_speeds
 from raysys.federated.fedtrans.rivals.capped import CappedFedAvg
 from raysys.federated.fedtrans.rivals.splitmix import SplitMix
 from raysys.federated.fedtrans.rivals.submodels import Submodels, mlp_macs
@@ -110,9 +111,8 @@ def make_arena(name: str, scheme: str, seed: int) -> Arena:
         cells=(Dense(width=FIRST_WIDTH),),
         classes=data.classes or 0,
     )
-    rng = np.random.default_rng([seed, 32])
-    spread = np.exp(rng.uniform(0, np.log(SPREAD), CLIENTS))
-    population = dataclasses.replace(population, rate_mac_s=net.macs() * np.maximum(spread, 1.0))
+    rates = simulated_speeds(CLIENTS, net.macs(), SPREAD, seed)
+    population = dataclasses.replace(population, rate_mac_s=rates)
     mix = np.stack(
         [
             np.bincount(data.targets[population.samples(c)], minlength=net.classes)

@@ -8,35 +8,20 @@ import functools
 import numpy as np
 import numpy.typing as npt
 
+from actors.federated.cohorts import build_family
 from actors.federated.driver import FederatedRun
 from jobs.tour.stage import Row, Stage, StageContext, StageResult
-from raysys.federated.core.engine import FederatedJob
-from raysys.federated.core.fedavg import FedAvg
 from raysys.federated.core.local import LocalConfig
-from raysys.federated.core.model import ModelSpec, Weights
 from raysys.federated.core.partition import PartitionConfig
-from raysys.federated.core.population import Population
-from raysys.federated.core.recipe import FederatedConfig, load_data, make_job, make_population
+from raysys.federated.core.recipe import FederatedConfig, load_data, make_population
 from raysys.federated.fedtrans.cells import Dense
 from raysys.federated.fedtrans.config import FedTransConfig, GrowthConfig
 from raysys.federated.fedtrans.network import CellNet
-from raysys.federated.fedtrans.strategy import FedTrans
+from raysys.federated.fedtrans.recipe import simulated_speeds
 from raysys.report import Plot, new_figure
 
 PER_ROUND, SPREAD, WIDTH = 20, 32.0, 4
 LOCAL = LocalConfig(steps=20, batch_size=10, lr=0.05)
-
-
-def build_family(
-    recipe: FederatedConfig, net: CellNet, config: FedTransConfig, population: Population
-) -> FederatedJob:
-    """A job whose strategy is FedTrans."""
-
-    def line(spec: ModelSpec, start: Weights | None) -> FedAvg:
-        return FedAvg(spec, LOCAL, PER_ROUND, start_weights=start)
-
-    strategy = FedTrans(net, PER_ROUND, line, config)
-    return make_job(recipe, net.spec(), population, strategy)
 
 
 def run(context: StageContext) -> StageResult:
@@ -52,9 +37,8 @@ def run(context: StageContext) -> StageResult:
     shape = tuple(int(side) for side in data.inputs.shape[1:])
     net = CellNet(shape=shape, cells=(Dense(width=WIDTH),), classes=data.classes or 0)
     population = make_population(recipe, data)
-    rng = np.random.default_rng(context.seed)
-    spread = np.exp(rng.uniform(0, np.log(SPREAD), population.n_clients))
-    population = dataclasses.replace(population, rate_mac_s=net.macs() * np.maximum(spread, 1.0))
+    rates = simulated_speeds(population.n_clients, net.macs(), SPREAD, context.seed)
+    population = dataclasses.replace(population, rate_mac_s=rates)
     growth = GrowthConfig(delta=10, gamma=5, end_round=rounds * 2 // 3)
     curves, macs = {}, {}
     for number, (name, config) in enumerate(
@@ -64,7 +48,7 @@ def run(context: StageContext) -> StageResult:
         }.items()
     ):
         context.progress(number, 2, name)
-        make = functools.partial(build_family, recipe, net, config)
+        make = functools.partial(build_family, recipe, config, None, net)
         federated = FederatedRun(
             recipe, data, population, net.spec(), workers=2, worker_cpus=0, make=make,
             evaluate_every=10,
@@ -124,6 +108,6 @@ STAGE = Stage(
         "Devices of one federated job differ by more than ten times in speed, so one model is too"
         " large for some and too small for others. A family of models grows from the smallest one."
     ),
-    command="python -m jobs.bench fedtrans",
+    command="raysys federate --set recipe.model.hidden=[4] --set family.spread=32",
     run=run,
 )

@@ -16,6 +16,7 @@ from raysys.federated.fedtrans.growth import Transformation, degree_of_convergen
 from raysys.federated.fedtrans.transform import Step
 
 FloatArray = npt.NDArray[np.float64]
+RECENT = 20  # rounds that count as recent in reports
 MEMORY = 1000  # rounds of participants kept, the most that retirement may ask for
 
 
@@ -52,6 +53,7 @@ class Journal:
     """Windows over the newest model and over the participants; restarted when a model is born."""
 
     def __init__(self, config: GrowthConfig) -> None:
+        self.round_id = -1
         self.losses: list[float] = []
         self.transitions: list[Transition] = []
         self._config = config
@@ -97,6 +99,10 @@ class Journal:
         """Share of the participants of the last ``rounds`` by model; None with fewer rounds."""
         if not rounds or len(self._counts) < rounds:
             return None
+        return self.recent_shares(n_models, rounds)
+
+    def recent_shares(self, n_models: int, rounds: int = RECENT) -> FloatArray:
+        """Share of the participants of the last rounds by model, as many as there were."""
         total = np.zeros(n_models)
         for counts in self._counts[-rounds:]:
             total[: len(counts)] += counts
@@ -138,12 +144,13 @@ class Journal:
         elif slope < -limit:
             # A loss that rises as steeply as the limit allows it to fall is no elbow.
             why = f"the loss rises by {-slope:.5f} a round: divergence, not convergence"
-        told = why or f"converged: the loss falls by {slope:.5f} a round, at most {limit:.5f}"
+        told = why or f"converged: loss down {slope:.5f} a round, within {limit:.5f} of level"
         return Verdict(go=not why, why=told, slope=slope, limit=limit, rounds=rounds)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Everything as JSON in a byte array: exact, and readable by a person."""
         record = {
+            "round_id": self.round_id,
             "losses": self.losses,
             "active": [values.tolist() for values in self._active],
             "capacities": self._capacities,
@@ -156,6 +163,7 @@ class Journal:
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Restore :meth:`state`."""
         record = json.loads(np.asarray(state["record"], dtype=np.uint8).tobytes().decode())
+        self.round_id = record["round_id"]
         self.losses = record["losses"]
         self._active = [np.array(values) for values in record["active"]]
         self._capacities = record["capacities"]

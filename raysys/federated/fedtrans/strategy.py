@@ -164,6 +164,7 @@ class FedTrans:
     def close(self, round_id: int, report: RoundReport) -> None:
         """Server steps, mixtures, utilities, and perhaps a new model."""
         folded, self._folded = self._folded, {}
+        self.journal.round_id = round_id
         before = [line.weights(0) for line in self._lines]
         self._step(round_id, folded, report)
         self._learn(round_id, report)
