@@ -58,6 +58,7 @@ class Task:
     Args:
         every: KGT's n, about five windows of readings in each phase of the rate; chosen, as all of
             :data:`KGT_OPTIONS`, on seeds that are not measured.
+        min_epochs: KGT's critical period; the quick profile's runs are too short for a whole one.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Task:
     network: Callable[[], nn.Module]
     recipe: Recipe
     every: int = 12
+    min_epochs: int = 8
 
     @property
     def steps(self) -> int:
@@ -73,7 +75,7 @@ class Task:
 
     def options(self) -> dict[str, Any]:
         """KGT's options on this task."""
-        return {**KGT_OPTIONS, "every": self.every}
+        return {**KGT_OPTIONS, "every": self.every, "min_epochs": self.min_epochs}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -159,6 +161,7 @@ def mnist1d(profile: Profile, schedule: str) -> Task:
         split,
         resnet1d,
         Recipe(epochs=epochs, batch_size=batch, schedule=schedule),
+        min_epochs=profile.pick(2, 8),
     )
 
 
@@ -172,7 +175,8 @@ def images(profile: Profile, schedule: str) -> Task:
         split = datasets.digits()
     network = functools.partial(ResNet, 10, widths=(8, 8, 16, 16, 32, 32))
     recipe = Recipe(epochs=epochs, batch_size=128, schedule=schedule)
-    return Task(f"{split.name}-{schedule}", split, network, recipe, every=6)
+    critical = profile.pick(2, 8)
+    return Task(f"{split.name}-{schedule}", split, network, recipe, every=6, min_epochs=critical)
 
 
 def train_data(arrays: LabelledArrays) -> TrainData:

@@ -60,10 +60,14 @@ class KGTConfig:
         bootstrap_rate: leave bootstrapping below this relative loss change between windows.
         min_bootstrap_share: share of the run that is bootstrapping at least.
         bootstrap_window: steps per loss window; 0 takes the reading interval.
+        min_epochs: passes over the data before the first freeze, for training from scratch: until
+            then a flat curve means a high learning rate, not features that are done. 0 (paper)
+            leaves it to bootstrapping. Epochs are those of ``start_epoch``.
         unfreeze: policy of :mod:`raysys.training.kgt.unfreeze`.
         unfreeze_factor: the rate ratio that releases.
         unfreeze_epochs: k of ``every_k_epochs``.
-        keep_thresholds: a released module keeps its threshold instead of learning a new one.
+        keep_thresholds: modules keep their thresholds when the rate has dropped, instead of
+            learning new ones.
         settled_below: ``settled`` keeps a module frozen if its plasticity at the freeze was below
             this share of its first smoothed plasticity.
         reference: precision of the reference model.
@@ -87,6 +91,7 @@ class KGTConfig:
     bootstrap_rate: float = 0.10
     min_bootstrap_share: float = 0.05
     bootstrap_window: int = 0
+    min_epochs: int = 0
     unfreeze: str = "tenfold"
     unfreeze_factor: float = 0.1
     unfreeze_epochs: int = 10
@@ -111,6 +116,7 @@ class KGTConfig:
         check_range(self, "bootstrap_rate", 0, low_open=True)
         check_range(self, "min_bootstrap_share", 0, 1, high_open=True)
         check_range(self, "bootstrap_window", 0)
+        check_range(self, "min_epochs", 0)
         check_choice(self, "unfreeze", UNFREEZE_POLICIES)
         check_range(self, "unfreeze_factor", 0, 1, low_open=True, high_open=True)
         check_range(self, "unfreeze_epochs", 1)

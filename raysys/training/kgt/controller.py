@@ -3,7 +3,7 @@
 Pure: events in (a step done, plasticity read), decisions and log rows out. No tensors, no clock.
 Paper: section 4 (life cycle, algorithm 1, unfreezing). Ours: reading all unfrozen modules at once
 (``scope="all"``), releasing only what had not settled (``unfreeze="settled"``), thresholds kept
-across a release, and the predicted saving as a further condition.
+across a rate drop, and two further conditions: epochs done, and the predicted saving.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from raysys.training.kgt.config import KGTConfig
 from raysys.training.kgt.criterion import ModuleTrack
 from raysys.training.kgt.decision import Decision
 from raysys.training.kgt.savings import Savings
-from raysys.training.kgt.unfreeze import POLICIES, UnfreezeState
+from raysys.training.kgt.unfreeze import POLICIES, RELATIVE_TOLERANCE, UnfreezeState
 
 Stage = Literal["bootstrap", "guided"]
 EventSink = Callable[[Mapping[str, Any]], None]
@@ -74,6 +74,7 @@ class FreezeController:
         self._lowest_rate = math.inf
         self._epoch_at_freeze = 0
         self._base_rate: float | None = None
+        self._phase_rate = 0.0
 
     @property
     def frozen_upto(self) -> int:
@@ -94,6 +95,7 @@ class FreezeController:
         if self.stage == "bootstrap":
             self._bootstrap(step, loss)
         if self.frozen_upto == 0:
+            self._watch_phase(step, rate)
             return
         self._lowest_rate = min(self._lowest_rate, rate)
         state = UnfreezeState(
@@ -108,6 +110,28 @@ class FreezeController:
         )
         if POLICIES[self.config.unfreeze](state):
             self._release(step, rate, epoch)
+
+    def _watch_phase(self, step: int, rate: float) -> None:
+        """With ``settled``, a rate drop that finds nothing frozen begins a new phase all the same.
+
+        Readings from before the drop would otherwise count as a module's standstill after it.
+        """
+        self._phase_rate = max(self._phase_rate, rate)
+        if self.config.unfreeze != "settled" or not self.tracks:
+            return
+        if rate <= self.config.unfreeze_factor * self._phase_rate * (1 + RELATIVE_TOLERANCE):
+            self._new_phase(rate)
+            self.log({"event": "phase", "step": step, "rate": rate})
+
+    def _new_phase(self, rate: float) -> None:
+        """Forget all readings and halve the window, so that freezing again is quicker."""
+        if self.config.keep_thresholds:
+            known = {m: t.threshold for m, t in self.tracks.items() if t.threshold is not None}
+            self.thresholds |= known
+        self.window = max(2, self.window // 2)
+        self.tracks = {}
+        self.reference_wanted = True
+        self._phase_rate = rate
 
     def read(
         self, step: int, plasticity: Mapping[int, float | None], rate: float, epoch: int = 0
@@ -169,6 +193,8 @@ class FreezeController:
         return self.tracks[module]
 
     def _freeze_converged(self, step: int, rate: float, epoch: int) -> None:
+        if epoch < self.config.min_epochs:
+            return
         upto = self.frozen_upto
         while upto < self.modules - 1 and upto in self.tracks and self.tracks[upto].converged:
             upto += 1
@@ -198,9 +224,7 @@ class FreezeController:
         if self.config.unfreeze == "settled":
             while keep < self.frozen_upto and self.settled[keep] < self.config.settled_below:
                 keep += 1
-        self.window = max(2, self.window // 2)
-        self.tracks = {}
-        self.reference_wanted = True
+        self._new_phase(rate)
         self._epoch_at_freeze = epoch
         self._rate_at_freeze, self._lowest_rate = (rate, rate) if keep else (None, math.inf)
         self._decide(keep, step, "learning rate dropped")
@@ -258,4 +282,5 @@ _PLAIN: Sequence[str] = (
     "_lowest_rate",
     "_epoch_at_freeze",
     "_base_rate",
+    "_phase_rate",
 )

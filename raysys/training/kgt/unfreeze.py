@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-_RELATIVE_TOLERANCE = 1e-9  # 0.1 * 0.1 is not 0.01 in floating point
+RELATIVE_TOLERANCE = 1e-9  # 0.1 * 0.1 is not 0.01 in floating point
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,14 +44,14 @@ def tenfold(state: UnfreezeState) -> bool:
     """
     if state.rate_at_freeze is None or state.rate_at_freeze <= 0:
         return False
-    return state.rate <= state.factor * state.rate_at_freeze * (1 + _RELATIVE_TOLERANCE)
+    return state.rate <= state.factor * state.rate_at_freeze * (1 + RELATIVE_TOLERANCE)
 
 
 def cycle_restart(state: UnfreezeState) -> bool:
     """Cyclic schedules: the rate has come back up to ten times its lowest since the freeze."""
     if state.rate_at_freeze is None or state.rate <= 0:
         return False
-    return state.lowest_rate <= state.factor * state.rate * (1 + _RELATIVE_TOLERANCE)
+    return state.lowest_rate <= state.factor * state.rate * (1 + RELATIVE_TOLERANCE)
 
 
 def every_k_epochs(state: UnfreezeState) -> bool:

@@ -24,11 +24,13 @@ def guided(config: KGTConfig = QUICK, modules: int = 4, **options: Any) -> Freez
     return controller
 
 
-def settle(controller: FreezeController, upto: int, step: int = 10, rate: float = 0.1) -> int:
+def settle(
+    controller: FreezeController, upto: int, step: int = 10, rate: float = 0.1, epoch: int = 0
+) -> int:
     """Feed identical readings until ``upto`` modules are frozen; returns the next step."""
     while controller.frozen_upto < upto:
-        controller.read(step, dict.fromkeys(controller.wants(step), 1.0), rate)
-        controller.observe(step, 1.0, rate)
+        controller.read(step, dict.fromkeys(controller.wants(step), 1.0), rate, epoch)
+        controller.observe(step, 1.0, rate, epoch)
         step += 1
         assert step < 500
     return step
@@ -152,6 +154,34 @@ def test_kept_thresholds_refreeze_sooner() -> None:
     assert counts[True] < counts[False]
 
 
+def test_nothing_freezes_before_its_epoch_and_what_is_flat_freezes_then() -> None:
+    controller = guided(dataclasses.replace(QUICK, min_epochs=3))
+    for step in range(10, 40):
+        controller.read(step, dict.fromkeys(controller.wants(step), 1.0), 0.1, epoch=step // 10)
+        assert (controller.frozen_upto > 0) == (step >= 30)
+
+
+@pytest.mark.parametrize(("unfreeze", "window"), [("settled", 3), ("tenfold", 6)])
+def test_a_drop_that_finds_nothing_frozen_begins_a_new_phase(unfreeze: str, window: int) -> None:
+    config = dataclasses.replace(
+        QUICK, window=6, unfreeze=unfreeze, keep_thresholds=True, min_epochs=1
+    )
+    controller = guided(config)
+    for step in range(10, 30):  # long converged, but held back
+        controller.read(step, {0: 1.0}, 0.1, epoch=0)
+        controller.observe(step, 1.0, 0.1)
+    threshold = controller.tracks[0].threshold
+    controller.observe(30, 1.0, 0.1 * 0.1 + 1e-12)
+    controller.observe(31, 1.0, 0.01)  # the same rate is no second drop
+    assert controller.window == window
+    controller.read(32, {0: 1.0}, 0.01, epoch=1)
+    # Flat readings at the high rate do not count as a standstill at the low one.
+    assert controller.frozen_upto == (0 if unfreeze == "settled" else 1)
+    if unfreeze == "settled":
+        assert controller.tracks[0].threshold == threshold
+        assert settle(controller, 1, 33, rate=0.01, epoch=1) < 33 + 6
+
+
 def test_rate_normalisation_undoes_a_decaying_rate() -> None:
     config = dataclasses.replace(QUICK, rate_normalised=True)
     events: list[Any] = []
@@ -265,7 +295,7 @@ def test_a_state_of_another_model_is_refused() -> None:
 @pytest.mark.parametrize(
     "changes",
     [{"window": 1}, {"coef": 0.0}, {"unfreeze": "often"}, {"reference": "int4"}, {"modules": 1},
-     {"unfreeze_factor": 1.0}, {"gram_rows": 1}, {"scope": "some"}],
+     {"unfreeze_factor": 1.0}, {"min_epochs": -1}, {"gram_rows": 1}, {"scope": "some"}],
 )  # fmt: skip
 def test_bad_options_name_the_field(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(changes))):
