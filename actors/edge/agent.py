@@ -18,7 +18,7 @@ import numpy as np
 
 from actors.edge.config import EdgeDeviceConfig
 from actors.edge.device import Device
-from actors.edge.errand import Errand
+from actors.edge.errand import DONE, Errand
 from actors.edge.state import Work
 from actors.swan.sensors import read_battery, read_celsius
 from actors.swan.speed import cpu_score, sample_ms
@@ -26,6 +26,8 @@ from raysys.errors import ConfigError, RemoteError
 from raysys.federated.swan.energy import EnergyLoan
 from raysys.federated.swan.plans import PlanRefusedError
 from raysys.federated.swan.willingness import backoff_s, quiet_left_s, refusal
+
+LEAST_REST_S = 0.1  # after a lease in vain, whatever the settings: never spin
 
 
 class DeviceAgent:
@@ -46,6 +48,8 @@ class DeviceAgent:
         self.device = Device(config, on_event, clock)
         self.samples = config.samples.load()
         self._failures = 0
+        self._fruitless = 0
+        self._pace_s = 0.0
         self._sys = Path(config.engine.sys_root)
         _, battery_wh = read_battery(self._sys)
         self.loan = EnergyLoan(battery_wh, config.engine.policy.loan)
@@ -99,8 +103,18 @@ class DeviceAgent:
         if work is None:
             await self.device.sleep(min(wait_s, self.device.config.most_wait_s))
         else:
-            await self.errand.run(work)
-            await self.device.sleep(self.device.config.rest_s)
+            await self._rest(await self.errand.run(work))
+
+    async def _rest(self, outcome: int) -> None:
+        """Leave the round that was answered to others; wait longer after each lease in vain."""
+        config = self.device.config
+        if outcome == DONE:
+            self._fruitless = 0
+            await self.device.sleep(max(config.rest_s, min(self._pace_s, config.most_wait_s)))
+            return
+        self._fruitless += 1
+        first_s, most_s = max(config.rest_s, LEAST_REST_S), config.most_wait_s
+        await self.device.sleep(backoff_s(self._fruitless, random.random(), first_s, most_s))
 
     async def _offline(self, error: RemoteError) -> None:
         """The gateway is away, or wants to see us enrolled again."""
@@ -178,9 +192,9 @@ class DeviceAgent:
         task = offer.tasks.get(slot)
         if slot < 0 or task is None:
             wait_s = float(offer.retry_after_s[0]) if len(offer.retry_after_s) else 1.0
-            return None, max(wait_s, 0.05) if np.isfinite(
-                wait_s
-            ) else self.device.config.most_wait_s
+            wait_s = wait_s if np.isfinite(wait_s) else self.device.config.most_wait_s
+            self._pace_s = max(wait_s, 0.05)
+            return None, self._pace_s
         work = Work(
             gateway_address=address,
             gateway=offer.gateway,

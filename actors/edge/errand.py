@@ -49,8 +49,8 @@ class Errand:
         self.profiles = Profiles(device)
         self._declined: dict[str, float] = {}
 
-    async def run(self, work: Work) -> None:
-        """Every outcome but a stop ends with the lease given back."""
+    async def run(self, work: Work) -> int:
+        """Carry one lease through; every outcome but a stop (``KEPT``) ends with it given back."""
         device = self.device
         device.state.work = work
         device.save()
@@ -77,6 +77,7 @@ class Errand:
                 await renewing
         if outcome != KEPT:
             await self._release(work, outcome)
+        return outcome
 
     def _check_offer(self, work: Work) -> None:
         for endpoint in (work.endpoint, work.upload):

@@ -27,9 +27,11 @@ from raysys.federated.core.training import Samples
 from raysys.federated.swan.fleet import FleetDevice, draw_fleet
 from raysys.federated.swan.plans import PlanLimits, pack_update, unpack_weights
 from raysys.federated.swan.soc import BETAS, WORKLOADS
+from raysys.federated.swan.willingness import backoff_s
 
 DONE, FAILED = 0, 2
-REST_S = 1.0  # a device does not take the next lease of a round that it has just answered
+REST_S = 1.0  # a device leaves the round that it has just answered to others
+MOST_REST_S = 60.0
 WORKLOAD_OF = {workload.name: workload for workload in WORKLOADS}
 
 
@@ -111,6 +113,9 @@ class SimulatedFleet:
         self._attributes: list[str] = []
         self._mean_ms = 0.0
         self._schema = 1
+        self._rng = rng
+        self._pace_s = REST_S
+        self._in_vain = np.zeros(config.count, dtype=np.int64)
         self._tasks: set[asyncio.Task[None]] = set()
         self._slots = asyncio.Semaphore(64)
 
@@ -169,7 +174,10 @@ class SimulatedFleet:
         self.report.checkins += len(due)
         now_s = time.monotonic()
         ready[due] = now_s + np.maximum(offers.retry_after_s, 0.05)
-        for place in np.flatnonzero(offers.slots >= 0):
+        idle = offers.slots < 0
+        if idle.any():
+            self._pace_s = float(np.median(offers.retry_after_s[idle]))
+        for place in np.flatnonzero(~idle):
             device = int(due[place])
             ready[device] = np.inf
             work = self._work(offers, int(place), gateway.address)
@@ -193,7 +201,15 @@ class SimulatedFleet:
             except RaysysError as error:
                 self._count_error(error)
         self.report.failed += outcome == FAILED
-        ready[device] = time.monotonic() + REST_S
+        ready[device] = time.monotonic() + self._rest_s(device, outcome)
+
+    def _rest_s(self, device: int, outcome: int) -> float:
+        """As long as the service lets devices wait; longer after each lease that was in vain."""
+        if outcome == DONE:
+            self._in_vain[device] = 0
+            return max(REST_S, self._pace_s)
+        self._in_vain[device] += 1
+        return backoff_s(int(self._in_vain[device]), self._rng.random(), REST_S, MOST_REST_S)
 
     async def _train(self, device: int, work: Work) -> bool:
         async with self._client(device, work.endpoint) as client:

@@ -21,7 +21,9 @@ from edge_parts import MODEL, PLAN, QUIET, RECIPE, device_config
 from actors.edge.agent import DeviceAgent
 from actors.edge.config import SamplesConfig
 from actors.edge.device import Device
+from actors.edge.errand import DONE, FAILED
 from actors.edge.profiles import Profiles
+from actors.edge.simulated import SimulateConfig, SimulatedFleet
 from actors.edge.state import StateFolder, Work
 from actors.edge.trainer import train_plan
 from actors.proto.edge_messages import pb, rpc
@@ -224,3 +226,31 @@ def test_the_device_loads_no_ray() -> None:
 def test_refusals_are_remote_errors() -> None:
     assert issubclass(PlanRefusedError, RemoteError)
     assert not issubclass(InfeasibleError, RemoteError)
+
+
+def test_devices_leave_a_round_to_others_and_wait_longer_in_vain(tmp_path: Path) -> None:
+    waits: list[float] = []
+    agent = DeviceAgent(device_config(tmp_path, 0, "127.0.0.1:1", most_wait_s=30.0, rest_s=1.0))
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    agent.device.sleep = sleep  # type: ignore[method-assign]
+    agent._pace_s = 7.0
+    outcomes = [DONE, *[FAILED] * 8, DONE]
+
+    async def scenario() -> None:
+        for outcome in outcomes:
+            await agent._rest(outcome)
+
+    asyncio.run(scenario())
+    assert (waits[0], waits[-1]) == (7.0, 7.0), "as long as the service lets devices wait"
+    assert all(0.25 * 2**n <= wait <= min(2.0**n, 30.0) for n, wait in enumerate(waits[1:5], 1))
+    assert all(7.5 <= wait <= 30.0 for wait in waits[5:-1]), "up to the longest wait"
+    fleet = SimulatedFleet(SimulateConfig(count=2))
+    fleet._pace_s = 7.0
+    assert fleet._rest_s(0, DONE) == 7.0
+    rests = [fleet._rest_s(0, FAILED) for _ in range(9)]
+    assert 0.5 <= rests[0] <= 2.0
+    assert 15.0 <= rests[-1] <= 60.0
+    assert fleet._rest_s(0, DONE) == 7.0
