@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
+
 from raysys.errors import ConfigError
 from raysys.federated.auxo.auxo import Auxo
 from raysys.federated.auxo.config import AuxoConfig
@@ -79,12 +81,16 @@ def explain(strategy: Any) -> dict[str, Any]:
         return explain_family(inner)
     if not isinstance(inner, Auxo):
         return {}
-    facts = explain_cohorts(inner)
-    lines = {inner.tree.name(leaf): inner.forest.line(leaf) for leaf in inner.tree.leaves}
-    families = {
-        name: explain_family(line) for name, line in lines.items() if isinstance(line, FedTrans)
-    }
-    return {**facts, "families": families}
+    lines = {leaf: inner.forest.line(leaf) for leaf in inner.tree.leaves}
+    families = {leaf: line for leaf, line in lines.items() if isinstance(line, FedTrans)}
+    found = {}
+    if families:
+        homes = inner.best_leaves(np.arange(inner.forest.facts.population.n_clients))
+        found = {
+            inner.tree.name(leaf): explain_family(line, np.flatnonzero(homes == leaf))
+            for leaf, line in families.items()
+        }
+    return {**explain_cohorts(inner), "families": found}
 
 
 def _check_plain(config: FederatedConfig) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from raysys.federated.core.messages import IntArray
 from raysys.federated.fedtrans.journal import Transition
 from raysys.federated.fedtrans.strategy import FedTrans
 from raysys.federated.fedtrans.transform import Step
@@ -13,18 +14,23 @@ from raysys.federated.fedtrans.transform import Step
 LISTED = 10_000
 
 
-def explain(strategy: FedTrans) -> dict[str, Any]:
+def explain(strategy: FedTrans, clients: IntArray | None = None) -> dict[str, Any]:
     """JSON-ready facts of a job that has started.
+
+    Args:
+        clients: count these only, such as the members of a cohort; None counts all.
 
     Returns:
         ``family``: one entry per model with parent, birth, cost, network, how it was made, clients
         that can run it and that are served by it, its share of recent participants. ``decisions``:
         when it was time to grow, on what grounds, and what was done. ``now``: why it does not grow.
-        ``clients``: model of each of the first 10,000 clients, -1 for none.
+        ``clients``: model by client, of the first 10,000, -1 for none.
     """
-    capacity = strategy.manager.capacity
+    if clients is None:
+        clients = np.arange(len(strategy.manager.capacity), dtype=np.int64)
+    capacity = strategy.manager.capacity[clients]
     family, macs = strategy.family(), strategy.macs()
-    served = strategy.best_models(np.arange(len(capacity), dtype=np.int64))
+    served = strategy.best_models(clients)
     shares = strategy.journal.recent_shares(len(family))
     members = [
         {
@@ -50,7 +56,7 @@ def explain(strategy: FedTrans) -> dict[str, Any]:
         "now": strategy.verdict(strategy.journal.round_id).why,
         "round": strategy.journal.round_id + 1,
         "too_weak": int((served < 0).sum()),
-        "clients": served[:LISTED].tolist(),
+        "clients": dict(zip(map(str, clients[:LISTED].tolist()), served[:LISTED].tolist())),
     }
 
 
