@@ -95,18 +95,21 @@ def _output_error(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradient of the mean loss by the outputs; losses of all and of the finishing clients."""
     k = out_kBO.shape[0]
+    per_sample = None
     if regression:
         error = out_kBO - targets
         per_sample = error.square().mean(-1) if want_first or finishing < k else None
         error = error.mul_(scale_kB.unsqueeze(-1) * (2.0 / error.shape[-1]))
     else:
+        # Written out: torch.softmax takes four times as long over a short last dimension.
         label = targets.unsqueeze(-1)
-        error = torch.softmax(out_kBO, -1)
-        per_sample = None
+        top = out_kBO.amax(-1, keepdim=True)
+        error = torch.exp(out_kBO - top)
+        total = error.sum(-1, keepdim=True)
         if want_first or finishing < k:
-            per_sample = torch.logsumexp(out_kBO, -1) - out_kBO.gather(-1, label).squeeze(-1)
-        error.scatter_add_(-1, label, -torch.ones_like(label, dtype=error.dtype))
-        error.mul_(scale_kB.unsqueeze(-1))
+            per_sample = (total.log() + top - out_kBO.gather(-1, label)).squeeze(-1)
+        scale = scale_kB.unsqueeze(-1)
+        error.mul_(scale / total).scatter_add_(-1, label, -scale)
     if per_sample is None:
         return error, None, None
     losses = (per_sample * scale_kB).sum(1)
@@ -121,7 +124,8 @@ def _backward(
     for layer in range(len(params) // 2 - 1, -1, -1):
         pairs.append((error, acts[layer]))
         if layer:
-            error = torch.bmm(error, params[2 * layer]).mul_(acts[layer] > 0)
+            passed = torch.bmm(error, params[2 * layer])
+            error = torch.ops.aten.threshold_backward(passed, acts[layer], 0)  # ReLU's gradient
     return pairs
 
 

@@ -43,6 +43,7 @@ EXPLAIN_FILE = "explain.json"
 PROBE_CLIENTS = 256
 KEEP_SUMMARIES = 16
 WORKERS_PER_COMBINER = 8
+INLINE_BYTES = 80_000  # Ray keeps arguments below 100 KiB in the call itself
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,7 +221,7 @@ class JobActor:
         split = self._combiners is not None
         method = "train_split" if split else "train"
         for number, group in enumerate(opened.groups):
-            weights = ray.put(group.weights)
+            weights = _sendable(group.weights)
             for task, controls in zip(group.tasks, group.controls_of_task):
                 arguments = (weights, task) if controls is None else (weights, task, controls)
                 calls.append(Call((number, task.task_id), method, arguments, split))
@@ -302,6 +303,14 @@ def put_data(data: FederatedData, population: Population) -> DataRefs:
         test_targets=ray.put(data.test_targets),
         population=ray.put(population),
     )
+
+
+def _sendable(weights: npt.NDArray[np.float32]) -> Any:
+    """A reference into the object store, or the array itself where it is small.
+
+    A small array inside each call is cheaper than a trip of every worker to the store.
+    """
+    return weights if weights.nbytes <= INLINE_BYTES else ray.put(weights)
 
 
 def _read_history(content: bytes) -> list[RoundSummary]:

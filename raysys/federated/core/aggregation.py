@@ -188,7 +188,8 @@ class RoundFold:
         if self._delta is None or self._weight is None or self._scalar is None:
             self._delta = np.zeros((self._models, partial.sum_delta.shape[1]))
             self._weight, self._scalar = np.zeros(self._models), np.zeros(self._models)
-        self._delta[partial.present] += partial.sum_delta
+        for row, part in zip(partial.present.tolist(), partial.sum_delta):
+            self._delta[row] += part  # in place: indexing by the array would copy all rows
         self._weight[partial.present] += partial.sum_weight
         self._scalar[partial.present] += partial.sum_scalar
         self.busy_s += partial.busy_s

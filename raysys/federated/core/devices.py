@@ -166,5 +166,6 @@ def _play(
     if population.rate_mac_s is not None and len(accepted):
         rates = population.rate_mac_s
         bias = float(rates[started[accepted]].mean() / rates[started].mean())
-    late = np.setdiff1d(started[~fails], started[accepted])
-    return Outcome(np.sort(started[accepted]), late, started[fails], duration, bias)
+    late = ~fails
+    late[accepted] = False
+    return Outcome(np.sort(started[accepted]), started[late], started[fails], duration, bias)

@@ -7,8 +7,9 @@ of an open round, runs them anywhere and in any order, and hands the partials ba
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -126,6 +127,7 @@ class FederatedJob:
         self.wasted_updates = 0
         self._attempt = 0
         self._norms: list[float] = []
+        self._selects = isinstance(strategy, SelectsDevices)
         strategy.start(JobFacts(population, seed))
 
     def open_round(self) -> OpenRound:
@@ -144,10 +146,13 @@ class FederatedJob:
         Raises:
             InfeasibleError: the round failed several times in a row.
         """
-        tables = [
-            _named(g.fold.table(), g) for g in opened.groups if g.fold is not None and g.tasks
+        found = [
+            _named(g.fold.table(), g) if g.fold is not None and g.tasks else None
+            for g in opened.groups
         ]
-        kept = sum(table.count(Status.OK) for table in tables)
+        answered = [0 if table is None else table.count(Status.OK) for table in found]
+        tables = [table for table in found if table is not None]
+        kept = sum(answered)
         if kept < self.screen.min_fraction * opened.wanted:
             self._repeat(kept, opened)
             return None
@@ -155,7 +160,7 @@ class FederatedJob:
             assert group.fold is not None
             for model_id, total in zip(group.model_ids, group.fold.sums()):
                 self.strategy.fold(opened.round_id, model_id, total)
-        report = self._report(opened, tables)
+        report = self._report(opened, tables, answered)
         self.strategy.close(opened.round_id, report)
         if kept and self.screen.reject_factor is not None:
             norms = np.concatenate([table.norm[table.ok] for table in tables])
@@ -207,8 +212,9 @@ class FederatedJob:
         self.strategy.load({n.removeprefix(prefix): v for n, v in state.items() if prefix in n})
 
     def _select(self, demands: list[Demand]) -> Outcome:
-        if isinstance(self.strategy, SelectsDevices):
-            return self.strategy.select(
+        if self._selects:
+            chooser = cast("SelectsDevices", self.strategy)
+            return chooser.select(
                 self.population, self.devices, self._cost_of, self.seed, self.round_id
             )
         return play_devices(
@@ -283,7 +289,7 @@ class FederatedJob:
         factor = self.screen.reject_factor
         if factor is None or not self._norms:
             return float("inf")
-        return factor * float(np.median(self._norms))
+        return factor * statistics.median(self._norms)
 
     def _cost_of(self, clients: IntArray) -> tuple[npt.NDArray[np.float64], int]:
         """Forward-and-backward work of each client in parameters x samples, and bytes of a model.
@@ -307,7 +313,9 @@ class FederatedJob:
                 "Lower the learning rate, screen.min_fraction, or the demand",
             )
 
-    def _report(self, opened: OpenRound, tables: list[ClientTable]) -> RoundReport:
+    def _report(
+        self, opened: OpenRound, tables: list[ClientTable], answered: list[int]
+    ) -> RoundReport:
         table = join_tables(tables)
         counts = {s.name.lower(): table.count(s) for s in Status if s < Status.LATE}
         counts["late"] = len(opened.outcome.late)
@@ -315,10 +323,6 @@ class FederatedJob:
         ok = table.ok
         smallest = 4 * len(self.strategy.weights(0))
         group_bytes = [4 * layout_of(g.spec).n_params for g in opened.groups]
-        answered = [
-            0 if g.fold is None or not g.tasks else g.fold.table().count(Status.OK)
-            for g in opened.groups
-        ]
         group_work = [
             3 * layout_of(g.spec).n_params * int(_samples_trained(g, self.population).sum())
             for g in opened.groups

@@ -7,11 +7,15 @@ batches of a client are the same however clients are grouped and however many wo
 from __future__ import annotations
 
 import enum
+import functools
 
 import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
+_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 class Purpose(enum.IntEnum):
@@ -57,18 +61,28 @@ def hashed(seed: int, purpose: Purpose, *counters: npt.ArrayLike) -> npt.NDArray
     top of the ones before. For schedules and groups, where a Philox stream per client costs more
     than the work it decides.
     """
-    with np.errstate(over="ignore"):
-        state = _mix(np.asarray(seed % 2**64, dtype=np.uint64) + np.uint64(int(purpose)))
-        for counter in counters:
-            state = _mix(state ^ _mix(np.asarray(counter, dtype=np.uint64)))
-    return state
+    state = _root(seed, purpose)
+    arrays = [np.asarray(counter, dtype=np.uint64) for counter in counters]
+    mixed = _mix(np.concatenate([array.reshape(-1) for array in arrays]))  # all at once
+    begin = 0
+    for array in arrays:
+        part = mixed[begin : begin + array.size]
+        state = _mix(state ^ (part if array.ndim < 2 else part.reshape(array.shape)))
+        begin += array.size
+    return state if any(array.ndim for array in arrays) else state.reshape(())
+
+
+@functools.lru_cache(maxsize=64)
+def _root(seed: int, purpose: Purpose) -> npt.NDArray[np.uint64]:
+    """Start of a hash, uint64 [1]: numpy warns of overflow for scalars only."""
+    return _mix(np.array([(seed % 2**64 + int(purpose)) % 2**64], dtype=np.uint64))
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    mixed = values + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    finished: npt.NDArray[np.uint64] = mixed ^ (mixed >> np.uint64(31))
+    mixed = values + _GOLDEN
+    mixed = (mixed ^ (mixed >> _SHIFTS[0])) * _FACTORS[0]
+    mixed = (mixed ^ (mixed >> _SHIFTS[1])) * _FACTORS[1]
+    finished: npt.NDArray[np.uint64] = mixed ^ (mixed >> _SHIFTS[2])
     return finished
 
 

@@ -43,7 +43,8 @@ class Averaging:
 
     def step(self, weights: FlatWeights, delta: FloatArray) -> FlatWeights:
         """One server step."""
-        return (weights + self.eta * delta).astype(np.float32)
+        moved = delta if self.eta == 1 else self.eta * delta
+        return (moved + weights).astype(np.float32)
 
     def state(self) -> State:
         """Nothing is kept."""

@@ -243,7 +243,8 @@ class TaskFold:
         here = (rows[None, :] == present[:, None]) & kept[None, :]
         # One product for all models reads the updates once.
         mix = torch.from_numpy(np.where(here, weight * factor, 0.0).astype(np.float32))
-        self._sum[present] += (mix @ delta).numpy()
+        for row, part in zip(present.tolist(), (mix @ delta).numpy()):
+            self._sum[row] += part  # in place: indexing by the array would copy all rows
         self._weight[present] += (here * weight).sum(axis=1)
         self._scalar[present] += (here * scalar).sum(axis=1)
 

@@ -9,6 +9,7 @@ the released code's soft responsibilities saturate.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -82,6 +83,7 @@ class FedEnsemble:
         self._counts = np.zeros(config.k, dtype=np.int64)
         self._coverage = np.zeros((0, 0), dtype=np.int64)
         self._folded: dict[int, ModelSum] = {}
+        self._sound: dict[int, FlatWeights] = {}
 
     @property
     def schedule(self) -> PermutationSchedule:
@@ -127,11 +129,17 @@ class FedEnsemble:
         else:
             models = self.schedule.place(clients, round_id, self._counts)
         self._placed.update(zip(clients.tolist(), models.tolist()))
-        return [
-            dataclasses.replace(part, model_id=model)
-            for model in np.unique(models).tolist()
-            for part in self.lines[model].assign(round_id, clients[models == model])
-        ]
+        arranged = clients[np.argsort(models, kind="stable")]
+        assignments = []
+        begin = 0
+        for model, count in enumerate(np.bincount(models, minlength=self.config.k).tolist()):
+            own, begin = arranged[begin : begin + count], begin + count
+            parts = self.lines[model].assign(round_id, own) if count else []
+            assignments += [
+                Assignment(clients=p.clients, model_id=model, version=p.version, local=p.local)
+                for p in parts
+            ]
+        return assignments
 
     def local_config(self, round_id: int) -> LocalConfig:
         """That of the inner lines."""
@@ -144,7 +152,10 @@ class FedEnsemble:
     def accept_many(self, clients: IntArray, models: IntArray) -> None:
         """Count the accepted updates of a round; clients are all different."""
         self.schedule.accept(clients)
-        np.add.at(self._coverage, (self.schedule.strata_of(clients), models), 1)
+        if isinstance(self.config.strata, int):
+            np.add.at(self._coverage, (self.schedule.strata_of(clients), models), 1)
+        else:  # strata are clients, all different
+            self._coverage[clients, models] += 1
 
     def coverage(self) -> npt.NDArray[np.int64]:
         """Accepted updates by stratum and model, int64 [strata, K]."""
@@ -255,8 +266,13 @@ class FedEnsemble:
 
     def _mend(self, round_id: int) -> None:
         for member in range(self.config.k):
-            if not np.isfinite(self.weights(member)).all():
+            values = self.weights(member)
+            if values is self._sound.get(member):
+                continue  # weights are replaced, never changed: looked at before
+            # The square of the norm is finite for all but broken (or astronomically long) weights.
+            if not math.isfinite(values @ values) and not np.isfinite(values).all():
                 self.replace(member, round_id)
+            self._sound[member] = self.weights(member)
 
     def _branch(self, round_id: int) -> None:
         """End the warm start: every other member becomes a perturbed copy of the first."""

@@ -78,14 +78,9 @@ class PermutationSchedule:
             orders = self._permutations(self.strata_of(clients), ages)
             models: IntArray = orders[:, round_id % self.k]
             return models
-        ages, places = np.divmod(self._counter[clients], self.k)
-        models = self._permutations(clients, ages)[np.arange(len(clients)), places]
-        if self._swapped:
-            for row, client in enumerate(clients.tolist()):
-                age, order = self._swapped.get(client, (-1, models))
-                if age == ages[row]:
-                    models[row] = order[places[row]]
-        return models
+        places, orders = self._orders(clients)
+        own: IntArray = orders[np.arange(len(clients)), places]
+        return own
 
     def place(self, clients: IntArray, round_id: int, counts: IntArray) -> IntArray:
         """Place arriving clients, given how many each model has in this round so far.
@@ -96,23 +91,28 @@ class PermutationSchedule:
         Returns:
             Model of each client, int64 [k]; ``counts`` [K] is updated in place.
         """
-        models = self.next_models(clients, round_id)
+        if self.strata != "client":
+            models: IntArray = self.next_models(clients, round_id)
+            counts += np.bincount(models, minlength=self.k)
+            return models
+        places, orders = self._orders(clients)
+        models = orders[np.arange(len(clients)), places]
         counts += np.bincount(models, minlength=self.k)
-        uneven = counts.max() > 2 * counts.min()
-        if uneven and self.strata == "client" and self.k > 1:
-            self._balance(clients, models, counts)
+        if counts.max() > 2 * counts.min() and self.k > 1:
+            self._balance(clients, models, counts, places, orders)
         return models
 
     def accept(self, clients: IntArray) -> None:
         """Count accepted updates of different clients; only then do permutations advance."""
         self._counter[clients] += 1
-        if self._swapped:
-            for client in clients[self._counter[clients] % self.k == 0].tolist():
-                self._swapped.pop(client, None)
+        for client in self._swapped.keys() & set(clients.tolist()) if self._swapped else ():
+            if self._counter[client] % self.k == 0:  # that age is over
+                del self._swapped[client]
 
     def close_round(self, counts: IntArray) -> list[int]:
         """Note which models received nothing; returns those starved for three rounds or more."""
-        self._starved = np.where(counts > 0, 0, self._starved + 1)
+        self._starved += 1
+        self._starved[counts > 0] = 0
         starved: list[int] = np.flatnonzero(self._starved >= STARVED_ROUNDS).tolist()
         return starved
 
@@ -151,32 +151,47 @@ class PermutationSchedule:
         )
         return np.argsort(keys, axis=1, kind="stable").astype(np.int64)
 
-    def _order(self, client: int, age: int) -> IntArray:
-        swapped = self._swapped.get(client)
-        if swapped is not None and swapped[0] == age:
-            return swapped[1]
-        return self.permutation(client, age)
+    def _orders(self, clients: IntArray) -> tuple[IntArray, IntArray]:
+        """Each client's place in its age, int64 [k], and its order of that age, int64 [k, K]."""
+        ages, places = np.divmod(self._counter[clients], self.k)
+        orders = self._permutations(clients, ages)
+        for row, client in enumerate(clients.tolist() if self._swapped else ()):
+            if client in self._swapped:
+                age, order = self._swapped[client]
+                if age == ages[row]:
+                    orders[row] = order
+        return places, orders
 
-    def _balance(self, clients: IntArray, models: IntArray, counts: IntArray) -> None:
-        for place in range(len(clients) - 1, -1, -1):
-            thin = int(np.argmin(counts))
-            full = int(models[place])
-            if counts.max() <= max(2 * counts.min(), 1):
-                return
-            uneven = counts[full] > 2 * counts[thin] and counts[full] - counts[thin] >= 2
-            starving = self._starved[thin] >= STARVED_ROUNDS and counts[thin] == 0
-            if full != thin and (uneven or starving) and self._swap(int(clients[place]), thin):
-                models[place] = thin
-                counts[full] -= 1
-                counts[thin] += 1
+    def _balance(
+        self,
+        clients: IntArray,
+        models: IntArray,
+        counts: IntArray,
+        places: IntArray,
+        orders: IntArray,
+    ) -> None:
+        held, placed, starved = counts.tolist(), models.tolist(), self._starved.tolist()
+        for row in range(len(placed) - 1, -1, -1):
+            least, full = min(held), placed[row]
+            thin = held.index(least)
+            if max(held) <= max(2 * least, 1):
+                break
+            uneven = held[full] > 2 * least and held[full] - least >= 2
+            starving = starved[thin] >= STARVED_ROUNDS and least == 0
+            if full == thin or not (uneven or starving):
+                continue
+            if self._swap(int(clients[row]), thin, int(places[row]), orders[row]):
+                models[row] = thin
+                held[full] -= 1
+                held[thin] += 1
+        counts[:] = held
 
-    def _swap(self, client: int, model: int) -> bool:
+    def _swap(self, client: int, model: int, place: int, order: IntArray) -> bool:
         """Bring ``model`` to the client's next place; False if that age has had it."""
-        age, place = divmod(int(self._counter[client]), self.k)
-        order = self._order(client, age).copy()
+        swapped = order.copy()
         other = int(np.flatnonzero(order == model)[0])
         if other < place:
             return False
-        order[place], order[other] = order[other], order[place]
-        self._swapped[client] = (age, order)
+        swapped[place], swapped[other] = order[other], order[place]
+        self._swapped[client] = (int(self._counter[client]) // self.k, swapped)
         return True
