@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.swan.engine import Swan
+from actors.swan.memory import out_of_memory
 from actors.swan.task import TrainingTask
 from raysys.errors import ConfigError, InterruptedRunError
 from raysys.federated.core.batching import Batches, draw_batches
@@ -153,12 +155,10 @@ def _loop(
         scale = batches.scale[progress.step, 0]
         filled = int(torch.count_nonzero(scale))
         index = batches.index[progress.step, 0, :filled]
-        loss = _loss(plan, module, samples, index, scale[:filled])
-        value = float(loss.detach())
+        backward = partial(_backward, plan, module, optimizer, samples, index, scale[:filled], task)
+        value = backward() if task is None else task.attempt(backward)
         if not math.isfinite(value):
             raise ConfigError("loss", value, "a finite loss", "The plan's learning rate diverges")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
         if progress.step == 0:
             progress.loss_first = value
         progress.loss_last = value
@@ -167,11 +167,33 @@ def _loop(
         optimizer.step()
 
 
+def _backward(
+    plan: Plan,
+    module: nn.Module,
+    optimizer: LocalSgd,
+    samples: Samples,
+    index: Tensor,
+    scale: Tensor,
+    task: TrainingTask | None,
+) -> float:
+    """Gradients of one step, from micro-batches where the task wants them; returns its loss."""
+    optimizer.zero_grad(set_to_none=True)
+    value = 0.0
+    whole = [slice(0, len(index))]
+    for part in whole if task is None else task.micro_batches(len(index)):
+        loss = _loss(plan, module, samples, index[part], scale[part])
+        loss.backward()  # type: ignore[no-untyped-call]
+        value += float(loss.detach())
+    return value
+
+
 def _loss(plan: Plan, module: nn.Module, samples: Samples, index: Tensor, scale: Tensor) -> Tensor:
     try:
         out = module(samples.inputs[index])
         return (sample_losses(out, samples.targets[index], plan.spec.task) * scale).sum()
     except (RuntimeError, IndexError) as error:
+        if out_of_memory(error):
+            raise
         text = str(error).splitlines()[0][:200]
         raise ConfigError("plan.model", text, "a model that fits this device's samples") from error
 

@@ -85,6 +85,11 @@ def residency(
     return inside / total if total > 0 else 1.0
 
 
+def current_nice() -> int:
+    """Nice value of this process."""
+    return os.getpriority(os.PRIO_PROCESS, 0)
+
+
 def lower_priority(nice: int, proc_root: Path = Path("/proc")) -> None:
     """Batch scheduling class and a nice value for all threads; refusals are no failure.
 

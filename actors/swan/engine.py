@@ -12,10 +12,8 @@ nothing is copied. The owner's demand is watched by a thread of its own.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
 import os
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +25,7 @@ import torch
 
 from actors.swan.affinity import (
     apply_affinity,
+    current_nice,
     lower_priority,
     residency,
     restore_priority,
@@ -34,6 +33,7 @@ from actors.swan.affinity import (
 )
 from actors.swan.checkpoint import CheckpointFolder
 from actors.swan.discovery import PROC, SYS, clock_share, discover, gone
+from actors.swan.lock import take_lock
 from actors.swan.pressure import PressureReader
 from actors.swan.sensors import choose_meter, read_battery, read_celsius
 from actors.swan.task import TrainingTask
@@ -105,8 +105,8 @@ class Swan:
         self.moves = 0
         self._sys, self._proc = Path(self.config.sys_root), Path(self.config.proc_root)
         self._clock, self._on_event = clock, on_event
-        self._before = (sorted(os.sched_getaffinity(0)), torch.get_num_threads(), _nice())
-        self._lock = _take_lock(self.config.lock)
+        self._before = (sorted(os.sched_getaffinity(0)), torch.get_num_threads(), current_nice())
+        self._lock = take_lock(self.config.lock)
         self.topology = topology or discover(self._sys, self._proc, os.sched_getaffinity(0))
         _, battery_wh = read_battery(self._sys)
         self.pilot = Pilot(self.topology, self.config.policy, battery_wh, shared, trusted)
@@ -226,6 +226,35 @@ class Swan:
                 self._wake.wait(self.config.sample_s)
         self._set_threads()
 
+    def between(self) -> None:
+        """Between two micro-batches: carry moves out in full, and wait while paused.
+
+        Nothing is saved here: gradients of half a step are not part of a checkpoint.
+        """
+        began_s = self._clock()
+        self.hold(lambda: None)
+        with self._guard:
+            self._mixed |= self._clock() - began_s > self.config.sample_s
+            self._set_threads()
+
+    def out_of_memory(self, reason: str) -> None:
+        """Memory ran out in a step: never use so many threads again, and move to fewer now.
+
+        Raises:
+            InfeasibleError: there is no smaller choice.
+        """
+        with self._guard:
+            used = len(self._applied)
+            self._note("error", f"out of memory on {used} threads: {reason}")
+            fixed = self.config.policy.deterministic
+            change = None if fixed else self.pilot.drop_larger("out of memory", self._clock())
+            if change is None:
+                remedy = "Use a smaller batch or model"
+                raise InfeasibleError("this step", f"out of memory on {used} threads", remedy)
+            self._apply(change)
+            self._mixed = True
+        self._set_threads()
+
     def pause(self) -> None:
         """Ask the task to pause at its next step end."""
         with self._guard:
@@ -258,15 +287,8 @@ class Swan:
     def typical_step(self) -> tuple[float, float]:
         """Median seconds and joules of a step on the present choice; NaN before there are any."""
         with self._guard:
-            stats = (
-                self.pilot.profile.stats.get(self.pilot.choice.counts)
-                if (self.pilot.choice is not None)
-                else None
-            )
-            if stats is None or not stats.seconds:
-                return math.nan, math.nan
-            joules = statistics.median(stats.joules) if stats.joules else math.nan
-            return stats.median, joules
+            choice = self.pilot.choice
+            return (math.nan, math.nan) if choice is None else self.pilot.profile.typical(choice)
 
     def _paused(self) -> bool:
         return self._asked_to_pause or self.pilot.choice is None
@@ -373,21 +395,3 @@ class Swan:
         self.events = [*self.events[-999:], event]
         if self._on_event is not None:
             self._on_event(event)
-
-
-def _take_lock(path: str) -> int | None:
-    if not path:
-        return None
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise InfeasibleError(
-            "a second engine", f"another process trains under {path}", "Wait, or stop that one"
-        ) from error
-    return descriptor
-
-
-def _nice() -> int:
-    return os.getpriority(os.PRIO_PROCESS, 0)

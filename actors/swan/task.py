@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.swan.checkpoint import CheckpointFolder, random_state, restore_random_state
+from actors.swan.memory import out_of_memory
 from raysys.errors import DataError
 
 if TYPE_CHECKING:
     from actors.swan.engine import Swan
+
+Result = TypeVar("Result")
 
 
 class TrainingTask:
@@ -70,6 +73,44 @@ class TrainingTask:
         if self._clock() - before_s > 0.001:
             self._began_s = self._clock()
             self._run, self._size = 0, 0.0
+
+    def attempt(self, work: Callable[[], Result]) -> Result:
+        """Forward and backward pass of one step; out of memory costs the choice, not the task.
+
+        The number of threads in use is never taken again, gradients are cleared, the random
+        generators put back, and ``work`` is done again on fewer threads. Batch statistics that a
+        failed forward pass has moved stay moved.
+
+        Raises:
+            InfeasibleError: memory does not even suffice for the smallest choice.
+        """
+        before = random_state()
+        while True:
+            try:
+                return work()
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                reason = str(error).partition("\n")[0][:200]
+            # Outside of the handler, so that what the failed step held is free by now.
+            self._engine.out_of_memory(reason)
+            restore_random_state(before)
+            clear = getattr(self._parts.get("optimizer"), "zero_grad", None)
+            if clear is not None:
+                clear()
+
+    def micro_batches(self, samples: int) -> Iterator[slice]:
+        """Parts of a step's samples; under a strict policy moves and pauses happen in between.
+
+        Each part's loss is to be weighted with its share of the samples; gradients add up.
+        Otherwise the one part is the whole batch.
+        """
+        policy = self._engine.config.policy
+        parts = min(policy.parts, samples) if policy.strict else 1
+        for part in range(parts):
+            if part:
+                self._engine.between()
+            yield slice(part * samples // parts, (part + 1) * samples // parts)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Callback with the signature of transformers' ``TrainerCallback``."""

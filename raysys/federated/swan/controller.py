@@ -53,7 +53,6 @@ class Situation:
         refusal: why training must wait, or empty.
         best: place on the frontier of the best choice under the energy price.
         step_s: expected time of a step, part of the least dwell.
-        step_end: a step has just ended; a policy that never cuts steps moves only then.
     """
 
     level: Level = Level.NONE
@@ -63,7 +62,6 @@ class Situation:
     refusal: str = ""
     best: int = 0
     step_s: float = 0.0
-    step_end: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

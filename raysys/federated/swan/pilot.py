@@ -43,12 +43,16 @@ class Policy:
         fixed: number of threads for "fixed", taken from the fastest cores.
         energy: mind the energy loan and drop choices that lose in time and energy.
         deterministic: never change the number of threads, only the cores: bitwise repeatable.
+        strict: a step gives way before it has ended: loops that ask the task for micro-batches get
+            ``parts`` of them, and moves and pauses take full effect between two.
     """
 
     kind: str = "swan"
     fixed: int = 1
     energy: bool = True
     deterministic: bool = False
+    strict: bool = False
+    parts: int = 4
     choices: ChoiceConfig = dataclasses.field(default_factory=ChoiceConfig)
     exploration: ExplorationConfig = dataclasses.field(default_factory=ExplorationConfig)
     interference: InterferenceConfig = dataclasses.field(default_factory=InterferenceConfig)
@@ -60,6 +64,7 @@ class Policy:
     def __post_init__(self) -> None:
         check_choice(self, "kind", POLICIES)
         check(self, "fixed", self.fixed >= 1, "at least 1 thread")
+        check(self, "parts", self.parts >= 1, "at least 1 micro-batch")
         check(self, "verify_tolerance", 0 < self.verify_tolerance < 1, "a share in (0, 1)")
 
 
@@ -168,7 +173,7 @@ class Pilot:
         aside = self._sidestep(level)
         if aside is not None:
             return aside
-        return self._decide(now_s, level, step_end=False)
+        return self._decide(now_s, level)
 
     def drop(self, choice: Choice, reason: str, now_s: float) -> Change | None:
         """A choice cannot be used (refused, gone, out of memory): leave it at once."""
@@ -180,6 +185,19 @@ class Pilot:
                 self._rebuild(now_s)
             return Change(self.choice, reason)
         return None
+
+    def drop_larger(self, reason: str, now_s: float) -> Change | None:
+        """Never again use as many threads as now; None where there is nothing smaller."""
+        if self.choice is None:
+            return None
+        most, held = self.choice.threads, self.choice
+        usable = self.profile.usable()
+        if all(choice.threads >= most for choice in usable):
+            return None
+        for choice in usable:
+            if choice.threads >= most and choice.counts != held.counts:
+                self.drop(choice, reason, now_s)
+        return self.drop(held, reason, now_s)
 
     def status(self) -> dict[str, Any]:
         """State in plain values."""
@@ -236,7 +254,7 @@ class Pilot:
             return self._sidestep(level)
         self.explorer.current = None
         self._rebuild(now_s)
-        change = self._decide(now_s, level, step_end=False)
+        change = self._decide(now_s, level)
         return change or Change(self.choice, "measuring was cut short by the owner")
 
     def _hold(self, now_s: float, step: Step) -> Change | None:
@@ -251,7 +269,7 @@ class Pilot:
             stats.add(step.seconds, step.joules, step.source)
             self._refresh(now_s)
         aside = self._sidestep(level)
-        return aside or self._decide(now_s, level, step_end=True)
+        return aside or self._decide(now_s, level)
 
     def _refresh(self, now_s: float) -> None:
         """Put new measurements into the frontier without losing our place on it."""
@@ -285,7 +303,7 @@ class Pilot:
         price = self.loan.joule_price_s(slowest, dearest, self.battery)
         return best_index(self.frontier, price if self.policy.energy else 0.0)
 
-    def _decide(self, now_s: float, level: Level, step_end: bool) -> Change | None:
+    def _decide(self, now_s: float, level: Level) -> Change | None:
         place = self.controller.place
         above = self.frontier[place - 1 if place > 0 else place]
         situation = Situation(
@@ -296,7 +314,6 @@ class Pilot:
             refusal=self.loan.refusal(now_s, self.battery) if self.policy.energy else "",
             best=self._best(),
             step_s=self.frontier[place].seconds,
-            step_end=step_end,
         )
         move = self.controller.decide(now_s, situation)
         if move is None:

@@ -80,6 +80,13 @@ class StepProfile:
         found = self.stats.get(choice.counts)
         return found is not None and bool(found.seconds)
 
+    def typical(self, choice: Choice) -> tuple[float, float]:
+        """Median seconds and joules of a step on a choice; NaN where there are none."""
+        found = self.stats.get(choice.counts)
+        if found is None or not found.seconds:
+            return math.nan, math.nan
+        return found.median, statistics.median(found.joules) if found.joules else math.nan
+
     def mark_invalid(self, choice: Choice, reason: str) -> None:
         """Never use a choice again (unenforceable, out of memory, cores gone)."""
         self.of(choice).invalid = reason
