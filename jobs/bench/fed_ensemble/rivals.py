@@ -1,7 +1,8 @@
 """Everything else that spends the same communication, and the dearer upper bound, on digits.
 
 Equal rounds, clients per round and local epochs; each rival that has a knob of its own gets the
-best of three values, chosen on another seed by the same score, and so does nothing of ours.
+best of three values, chosen on another seed by the same score, and so does nothing of ours. With
+``--partial FOLDER`` every run is a piece of its own.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import functools
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from jobs.bench.fed_ensemble.runs import (
     split_of,
 )
 from jobs.bench.fed_ensemble.scores import accuracy, logits
+from jobs.bench.pieces import Piece, measure_pieces
 from raysys.bench import Baseline, Claim, Profile
 from raysys.federated.core.datasets import FederatedData
 from raysys.federated.core.engine import FederatedJob
@@ -70,18 +73,28 @@ def _ensemble(config: EnsembleConfig, spec: ModelSpec, _: FederatedData) -> Stra
     return FedEnsemble(config, PER_ROUND, lambda: FedAvg(spec, LOCAL, PER_ROUND))
 
 
-RIVALS: dict[str, list[Make]] = {
-    "fedavg": [_avg],
-    "fedprox": [functools.partial(_prox, mu) for mu in (0.001, 0.01, 0.1)],
-    "scaffold": [_scaffold],
-    "fedadam": [functools.partial(_adaptive, Adam, eta) for eta in ETAS],
-    "fedyogi": [functools.partial(_adaptive, Yogi, eta) for eta in ETAS],
-    "fedbe": [_fedbe],
-    "ensemble": [functools.partial(_ensemble, EnsembleConfig(k=K))],
-    "ensemble, random models": [functools.partial(_ensemble, EnsembleConfig(k=K, strata="random"))],
-    "ensemble, warm start": [functools.partial(_ensemble, EnsembleConfig(k=K, warm_rounds=60))],
-    "ensemble, shared trunk": [functools.partial(_ensemble, EnsembleConfig(k=K, share="trunk"))],
+def _knob(name: str, values: tuple[float, ...], make: Callable[..., Strategy]) -> dict[str, Make]:
+    return {f"{name} {value}": functools.partial(make, value) for value in values}
+
+
+def _our(**changes: Any) -> dict[str, Make]:
+    return {"": functools.partial(_ensemble, EnsembleConfig(k=K, **changes))}
+
+
+# By name: the values of a rival's own knob, of which the best is taken.
+RIVALS: dict[str, dict[str, Make]] = {
+    "fedavg": {"": _avg},
+    "fedprox": _knob("mu", (0.001, 0.01, 0.1), _prox),
+    "scaffold": {"": _scaffold},
+    "fedadam": _knob("eta", ETAS, functools.partial(_adaptive, Adam)),
+    "fedyogi": _knob("eta", ETAS, functools.partial(_adaptive, Yogi)),
+    "fedbe": {"": _fedbe},
+    "ensemble": _our(),
+    "ensemble, random models": _our(strata="random"),
+    "ensemble, warm start": _our(warm_rounds=60),
+    "ensemble, shared trunk": _our(share="trunk"),
 }
+UPPER = f"{K} runs at {K} times the cost"
 
 
 def against_rivals(profile: Profile) -> Claim:
@@ -90,19 +103,25 @@ def against_rivals(profile: Profile) -> Claim:
     rounds = profile.pick(100, 600)
     seeds = profile.pick([0], [0, 1, 2])
     found: dict[str, list[float]] = {}
+    chosen: dict[str, dict[str, str]] = {}
     for scheme in ("iid", "dirichlet", "shards"):
         cell = functools.partial(Setting, name="digits", scheme=scheme, marks=(rounds,))
-        chosen = {
-            name: makes[0] if len(makes) == 1 else _best(makes, cell(seed=TUNING_SEED))
-            for name, makes in RIVALS.items()
-        }
-        for seed in seeds:
-            for name, make in chosen.items():
-                for view, score in _score(make, cell(seed=seed), name).items():
-                    found.setdefault(view, []).append(score)
-            found.setdefault(f"{K} runs at {K} times the cost", []).append(
-                _independent(cell(seed=seed))
+        chosen[scheme] = _tune(profile, cell(seed=TUNING_SEED))
+        pieces = [
+            piece
+            for seed in seeds
+            for piece in (
+                *(_piece(cell(seed=seed), name, knob) for name, knob in chosen[scheme].items()),
+                Piece(
+                    f"rival-{scheme}-{seed}-upper",
+                    {**dataclasses.asdict(cell(seed=seed)), "rival": UPPER},
+                    functools.partial(_independent, cell(seed=seed)),
+                ),
             )
+        ]
+        for scores in measure_pieces(profile.partial, pieces):
+            for view, score in scores.items():
+                found.setdefault(view, []).append(score)
     means = {name: 100 * statistics.mean(values) for name, values in found.items()}
     return Claim(
         name="against_rivals",
@@ -111,13 +130,31 @@ def against_rivals(profile: Profile) -> Claim:
         better="higher",
         baseline=Baseline(name="FedAvg", value=means["fedavg"]),
         ratio=means["ensemble"] / means["fedavg"],
-        samples={"mean": means, "cells": found, "rounds": rounds},
+        samples={"mean": means, "cells": found, "rounds": rounds, "knobs": chosen},
         seeds=seeds,
     )
 
 
-def _best(makes: list[Make], setting: Setting) -> Make:
-    return max(makes, key=lambda make: _score(make, setting, "tuned")["tuned"])
+def _tune(profile: Profile, setting: Setting) -> dict[str, str]:
+    """The best value of every rival's knob, on a seed that is not scored."""
+    tried = [(n, knob) for n, makes in RIVALS.items() if len(makes) > 1 for knob in makes]
+    pieces = [_piece(setting, name, knob) for name, knob in tried]
+    scores = measure_pieces(profile.partial, pieces)
+    chosen = {name: next(iter(makes)) for name, makes in RIVALS.items()}
+    best = dict.fromkeys(chosen, -1.0)
+    for (name, knob), score in zip(tried, scores):
+        if score[name] > best[name]:
+            chosen[name], best[name] = knob, score[name]
+    return chosen
+
+
+def _piece(setting: Setting, name: str, knob: str) -> Piece:
+    words = f"rival {setting.scheme} {setting.seed} {name} {knob}".replace(",", "").split()
+    return Piece(
+        "-".join(words),
+        {**dataclasses.asdict(setting), "rival": name, "knob": knob},
+        functools.partial(_score, RIVALS[name][knob], setting, name),
+    )
 
 
 def _score(make: Make, setting: Setting, name: str) -> dict[str, float]:
@@ -163,7 +200,7 @@ def _student(spec: ModelSpec, members: Weights, data: FederatedData) -> float:
     return accuracy(spec, student[None], rest)
 
 
-def _independent(setting: Setting) -> float:
+def _independent(setting: Setting) -> dict[str, float]:
     """Ensemble of K separate FedAvg runs, each with the whole budget: the upper bound."""
     data = load(setting.name, setting.seed)
     spec, samples = model_for(data), data.samples()
@@ -174,4 +211,4 @@ def _independent(setting: Setting) -> float:
         for _ in range(max(setting.marks)):
             run_round(job, samples)
         members.append(job.strategy.weights(0))
-    return accuracy(spec, np.stack(members), data)
+    return {UPPER: accuracy(spec, np.stack(members), data)}
