@@ -89,22 +89,29 @@ class AdmissionGate:
         self._seconds_per_request = 1.0
         self._left_at: float | None = None
 
-    def enter(self, tenant: str, now_s: float, limit: int | None = None) -> int:
+    def most(self, limit: int | None = None) -> int:
+        """Most places that one request can ever get, given the tenant's own limit."""
+        return min(self.config.max_inflight, limit or self.config.max_inflight)
+
+    def enter(self, tenant: str, now_s: float, limit: int | None = None, places: int = 1) -> int:
         """Let a request in, or tell how long to stay away.
 
         Args:
             tenant: who asks.
             now_s: monotonic seconds.
             limit: the tenant's own limit.
+            places: how many places it takes, one for each answer.
 
         Returns:
             0 if it is in, else the seconds for ``Retry-After``.
         """
         total = self.inflight.total()
         own = self.inflight[tenant]
-        over = max(total + 1 - self.config.max_inflight, own + 1 - (limit or own + 1))
+        over = max(
+            total + places - self.config.max_inflight, own + places - (limit or own + places)
+        )
         if over <= 0:
-            self.inflight[tenant] += 1
+            self.inflight[tenant] += places
             return 0
         self.refused += 1
         pause = self._seconds_per_request
@@ -112,9 +119,9 @@ class AdmissionGate:
             pause = max(pause, now_s - self._left_at)
         return int(min(MAX_RETRY_S, max(MIN_RETRY_S, math.ceil(over * pause))))
 
-    def leave(self, tenant: str, now_s: float) -> None:
+    def leave(self, tenant: str, now_s: float, places: int = 1) -> None:
         """A request that was let in has ended."""
-        self.inflight[tenant] -= 1
+        self.inflight[tenant] -= places
         if self.inflight[tenant] <= 0:
             del self.inflight[tenant]
         if self._left_at is not None:

@@ -99,6 +99,7 @@ def llm_options(config: ServingConfig, facts: ModelFacts) -> dict[str, Any]:
         "experimental_configs": {"stream_batching_interval_ms": 0},
         "log_engine_metrics": True,
     }
+    options["server_cls"] = "actors.serving.model_server:ModelServer"
     if config.engine.policy == "andes":
         options["engine_kwargs"] |= engine_arguments(config.engine_andes)
         options["server_cls"] = "actors.serving.replica:QoEServer"

@@ -17,12 +17,12 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from actors.andes.engine_settings import POLICY_FIELD
-from actors.serving.admission import AdmissionGate, find_key
+from actors.serving.admission import AdmissionGate
 from actors.serving.client import qoe_fields
 from actors.serving.config import ServingConfig
-from actors.serving.events import bearer, refusal_body
 from actors.serving.ledger import QoELedger
 from actors.serving.page_files import page_files
+from actors.serving.refusals import RefusedError
 from actors.serving.visit import Visit
 from raysys.serving.andes.qoe import QoETracker
 from raysys.serving.andes.spec import MAX_TDS, QoESpec
@@ -88,6 +88,7 @@ class PageEndpoints:
     gate: AdmissionGate
     ledger: QoELedger
     _get_response: Any
+    _key: Any
     _model_cards: dict[str, Any]
     _default_serve_handles: dict[str, Any]
 
@@ -126,13 +127,12 @@ class PageEndpoints:
         """A script or style of the page."""
         found = page_files().get(name)
         if found is None or self.settings.page == "none":
-            return JSONResponse(refusal_body(404, f"no file {name!r}", "name"), status_code=404)
+            raise RefusedError(404, f"no file {name!r}", "name")
         return Response(found[0], media_type=found[1], headers={"Cache-Control": "no-cache"})
 
     async def service(self, request: Request) -> Response:
         """The service's QoE over the last ten minutes, totals by tenant, and the last bursts."""
-        if not self._known(request):
-            return _refuse(401, "no valid API key", "authorization")
+        self._key(request)
         self.watch()
         now = time.monotonic()
         return JSONResponse(
@@ -151,24 +151,18 @@ class PageEndpoints:
 
     async def start_burst(self, body: BurstRequest, request: Request) -> Response:
         """Start a burst; 403 where they are off, 409 while one runs, 422 if it cannot be had."""
-        if not self._known(request):
-            return _refuse(401, "no valid API key", "authorization")
+        self._key(request)
         if not self.settings.bursts or not same_origin(request):
-            return _refuse(403, "bursts are off: raysys serve --set page=full", "page")
+            raise RefusedError(403, "bursts are off: raysys serve --set page=full", "page")
         if body.policy == "andes" and self.settings.engine.policy != "andes":
-            return _refuse(422, "this engine knows only order of arrival", "policy")
+            raise RefusedError(422, "this engine knows only order of arrival", "policy")
         if any(burst.ended_s is None for burst in self._bursts):
-            return _refuse(409, "a burst is under way", None)
+            raise RefusedError(409, "a burst is under way", None)
         self.watch()
         burst = Burst(asked=body, started_s=time.monotonic())
         self._bursts = [*self._bursts[1 - KEPT_BURSTS :], burst]
         self._start(self._run_burst(burst))
         return JSONResponse({"started": True}, status_code=202)
-
-    def _known(self, request: Request) -> bool:
-        """Whether the endpoint is open or the request shows a key."""
-        keys = self.settings.admission.keys
-        return not keys or find_key(keys, bearer(request.headers)) is not None
 
     async def _run_burst(self, burst: Burst) -> None:
         asked = burst.asked
@@ -192,7 +186,7 @@ class PageEndpoints:
             return
         tracker = QoETracker(spec, now)
         burst.trackers.append(tracker)
-        visit = Visit(self.gate, self.ledger, BURST_TENANT, tracker)
+        visit = Visit(self.gate, self.ledger, BURST_TENANT, [tracker])
         chat = ChatCompletionRequest(
             model=next(iter(self._model_cards)),
             messages=[{"role": "user", "content": PROMPTS[index % len(PROMPTS)]}],
@@ -215,7 +209,3 @@ def same_origin(request: Request) -> bool:
     """Whether a browser's request comes from this very page; other clients send no origin."""
     origin = request.headers.get("origin")
     return origin is None or urlsplit(origin).netloc == request.headers.get("host")
-
-
-def _refuse(status: int, message: str, field_name: str | None) -> JSONResponse:
-    return JSONResponse(refusal_body(status, message, field_name), status_code=status)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from ray import serve
-from ray.serve.llm.deployment import LLMServer
 
 from actors.andes.engine_settings import (
     KEY,
@@ -25,12 +24,13 @@ from actors.andes.engine_settings import (
     read_status,
 )
 from actors.serving.engine_metrics import EngineMetrics
+from actors.serving.model_server import ModelServer
 from raysys.serving.andes.routing import ReplicaLoad, load_from_dict
 
 STALE_S = 10.0
 
 
-class QoEServer(LLMServer):  # type: ignore[misc]
+class QoEServer(ModelServer):
     """A replica with a status file, routing statistics, autoscaling statistics and metrics."""
 
     # Ray Serve awaits a constructor that is a coroutine.

@@ -13,6 +13,7 @@ from typing import Any
 from actors.andes.engine_settings import POLICY_FIELD, ROUTER_FIELD
 from actors.serving.admission import ApiKey
 from actors.serving.config import ServingConfig
+from raysys.errors import ConfigError
 from raysys.serving.andes.spec import FIELD_PREFIX, QoESpec, default_ttft_s, spec_from_fields
 
 HEADERS = {
@@ -52,6 +53,8 @@ def merge_targets(
         name: headers[header] for header, name in HEADERS.items() if headers.get(header) is not None
     }
     merged.update(fields or {})
+    for name, value in merged.items():
+        check_sendable(name, value)
     default = QoESpec(
         ttft_s=default_ttft_s(0) if config.default_ttft_s is None else config.default_ttft_s,
         tds=config.default_tds,
@@ -71,3 +74,19 @@ def merge_targets(
         if name in merged:
             merged[name] = getattr(spec, name.removeprefix(FIELD_PREFIX))
     return merged, spec
+
+
+def check_sendable(name: str, value: Any) -> None:
+    """Check that an engine, a process of its own, can be sent a field.
+
+    Raises:
+        ConfigError: an integer beyond 64 bits, or text with lone surrogates.
+    """
+    for part in [name, *(value if isinstance(value, list) else [value])]:
+        if isinstance(part, int) and not -(2**63) <= part < 2**63:
+            raise ConfigError(name, part, "an integer of 64 bits")
+        if isinstance(part, str):
+            try:
+                part.encode()
+            except UnicodeEncodeError:
+                raise ConfigError(name, part, "text without lone surrogates") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from actors.serving.admission import AdmissionGate
@@ -16,10 +16,10 @@ class Visit:
     """Follows a stream and accounts for it once, however it ends.
 
     Args:
-        gate: where the request has a place.
+        gate: where each answer of the request has a place.
         ledger: the books.
         tenant: who is charged.
-        tracker: the reader's score.
+        trackers: the reader's score of each answer; the worst one counts for the request.
         streamed: whether somebody reads as the text comes; other answers have no QoE.
         clock: monotonic seconds.
     """
@@ -29,12 +29,12 @@ class Visit:
         gate: AdmissionGate,
         ledger: QoELedger,
         tenant: str,
-        tracker: QoETracker,
+        trackers: Sequence[QoETracker],
         *,
         streamed: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.tracker = tracker
+        self._trackers = trackers
         self._gate = gate
         self._ledger = ledger
         self._tenant = tenant
@@ -42,7 +42,7 @@ class Visit:
         self._open = True
         self._streamed = streamed
         if streamed:
-            ledger.live.add(tracker)
+            ledger.live.update(trackers)
 
     async def follow(self, chunks: Any) -> AsyncIterator[Any]:
         """Pass the chunks on; a failing stream ends with an error event instead of an exception."""
@@ -50,7 +50,9 @@ class Visit:
         try:
             async for chunk in chunks:
                 tokens, failed = read_chunk(chunk)
-                self.tracker.on_token(self._clock(), tokens)
+                now = self._clock()
+                for answer, count in tokens.items():
+                    self._trackers[min(answer, len(self._trackers) - 1)].on_token(now, count)
                 if failed:
                     reason = "error"
                 yield chunk
@@ -67,7 +69,9 @@ class Visit:
             return
         self._open = False
         now = self._clock()
-        self._ledger.live.discard(self.tracker)
-        self._gate.leave(self._tenant, now)
+        self._ledger.live.difference_update(self._trackers)
+        self._gate.leave(self._tenant, now, len(self._trackers))
         if self._streamed:
-            self._ledger.finished(self._tenant, self.tracker.finish(now, reason), now)
+            outcomes = [tracker.finish(now, reason) for tracker in self._trackers]
+            worst = min(outcomes, key=lambda outcome: (not outcome.counted, outcome.qoe))
+            self._ledger.finished(self._tenant, worst, now)

@@ -111,16 +111,19 @@ def abort_midway(llm: Any) -> dict[str, Any]:
         prompt = {"prompt_token_ids": [5 + index + j for j in range(40)]}
         engine.add_request(f"leaver-{index}", prompt, params)
         ids.append(f"leaver-{index}")
-    for _ in range(40):
+    states: set[str] = set()
+    for _ in range(400):  # until somebody is paused: when depends on how long steps take
         engine.step()
-    states = sorted({str(request.status.name) for request in scheduler.requests.values()})
+        states = {str(request.status.name) for request in scheduler.requests.values()}
+        if {"RUNNING", "PREEMPTED"} <= states:
+            break
     engine.abort_request(ids)
     engine.abort_request(ids)  # twice must not matter
     for _ in range(3):
         engine.step()
     llm.reset_prefix_cache()
     return {
-        "states": states,
+        "states": sorted(states),
         "left": len(scheduler.requests),
         "left_slots": len(scheduler.slots),
         "free": scheduler.kv_free(),

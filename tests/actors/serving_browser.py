@@ -62,7 +62,7 @@ class Browser:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def until(self, expression: str, seconds: float = 15.0) -> Any:
+    def until(self, expression: str, seconds: float = 60.0) -> Any:
         deadline = time.monotonic() + seconds
         while not (value := self.value(expression)):
             assert time.monotonic() < deadline, f"{expression}: {self.problems}"

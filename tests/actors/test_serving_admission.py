@@ -89,6 +89,21 @@ def test_never_more_inside_than_the_limit(limit: int, moves: list[bool]) -> None
     assert gate.inflight.total() == inside
 
 
+@given(limit=st.integers(1, 9), asked=st.lists(st.integers(1, 9), max_size=40))
+def test_several_answers_take_several_places(limit: int, asked: list[int]) -> None:
+    gate = AdmissionGate(AdmissionConfig(max_inflight=limit))
+    assert (gate.most(), gate.most(3)) == (limit, min(limit, 3))
+    inside: list[int] = []
+    for now, places in enumerate(asked):
+        fits = sum(inside) + places <= limit
+        assert (gate.enter("t", float(now), None, places) == 0) == fits
+        if fits:
+            inside.append(places)
+        elif inside:
+            gate.leave("t", float(now), inside.pop())
+    assert gate.inflight.total() == sum(inside)
+
+
 def test_one_tenant_cannot_take_the_others_room() -> None:
     gate = AdmissionGate(AdmissionConfig(max_inflight=10))
     assert [gate.enter("blue", 0.0, BLUE.max_inflight) == 0 for _ in range(5)] == [True] * 3 + [

@@ -141,7 +141,7 @@ def test_stock_vllm_gets_ray_serves_own_router_and_autoscaler() -> None:
     options = deployment_options(config)
     assert "request_router_config" not in options
     assert "policy" not in options["autoscaling_config"]
-    assert "server_cls" not in llm_options(config, FACTS)
+    assert llm_options(config, FACTS)["server_cls"].endswith(":ModelServer")
 
 
 def test_scaling_options_reach_the_policy() -> None:

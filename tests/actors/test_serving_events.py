@@ -13,31 +13,33 @@ def event(**fields: object) -> str:
     return f"data: {json.dumps(fields, separators=(',', ':'))}\n\n"
 
 
-def chat_event(content: str | None) -> str:
-    return event(choices=[{"index": 0, "delta": {"content": content}}])
+def chat_event(content: str | None, answer: int = 0) -> str:
+    return event(choices=[{"index": answer, "delta": {"content": content}}])
 
 
 @pytest.mark.parametrize(
     ("chunk", "tokens"),
     [
-        (chat_event("sky"), 1),
-        (chat_event("sky") + chat_event("blue"), 2),
-        (chat_event(""), 0),
-        (chat_event(None), 0),
-        (event(choices=[{"index": 0, "text": "sky"}]), 1),
-        (event(choices=[], usage={"prompt_tokens": 3}), 0),
-        ("data: [DONE]\n\n", 0),
-        ("", 0),
-        (chat_event("é€").encode(), 1),
+        (chat_event("sky"), {0: 1}),
+        (chat_event("sky") + chat_event("blue"), {0: 2}),
+        (chat_event("sky", 2) + chat_event("blue", 11) + chat_event("red", 2), {2: 2, 11: 1}),
+        (chat_event('x","index":7,"y'), {0: 1}),
+        (chat_event(""), {}),
+        (chat_event(None), {}),
+        (event(choices=[{"index": 0, "text": "sky"}]), {0: 1}),
+        (event(choices=[], usage={"prompt_tokens": 3}), {}),
+        ("data: [DONE]\n\n", {}),
+        ("", {}),
+        (chat_event("é€").encode(), {0: 1}),
     ],
 )
-def test_visible_tokens_are_counted(chunk: str | bytes, tokens: int) -> None:
+def test_visible_tokens_are_counted(chunk: str | bytes, tokens: dict[int, int]) -> None:
     assert read_chunk(chunk) == (tokens, False)
 
 
 def test_an_error_event_is_seen_and_is_no_token() -> None:
-    assert read_chunk('data: {"error": {"message": "EngineCore died"}}\n\n') == (0, True)
-    assert read_chunk(chat_event("x") + error_event(RuntimeError("gone"))) == (1, True)
+    assert read_chunk('data: {"error": {"message": "EngineCore died"}}\n\n') == ({}, True)
+    assert read_chunk(chat_event("x") + error_event(RuntimeError("gone"))) == ({0: 1}, True)
 
 
 def test_the_last_event_of_a_failed_stream_names_the_cause_in_one_line() -> None:

@@ -71,7 +71,7 @@ def test_leaving_tells_the_endpoint(tab: Browser, endpoint: StandIn) -> None:
     tab.press("Escape", "Escape")
     shown = panes(tab, ".paced")
     tab.until("document.querySelector('.outcome').textContent === 'stopped'")
-    for _ in range(100):
+    for _ in range(1000):
         if endpoint.left == 2:
             break
         tab.until("true")

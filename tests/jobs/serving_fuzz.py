@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 
@@ -32,11 +32,14 @@ class FuzzReport:
     failures: list[str] = field(default_factory=list)
 
 
-def fuzz(url: str, key: str, model: str, *, examples: int) -> FuzzReport:
+def fuzz(
+    url: str, key: str, model: str, *, examples: int, entropy: int | None = None
+) -> FuzzReport:
     """Call every operation of ``url``'s schema with bodies that fit it and bodies that do not.
 
     Half of the bodies get the real model and a short answer, so that they go all the way into the
-    engine; the others keep whatever was generated.
+    engine; the others keep whatever was generated. Without ``entropy`` the bodies are the same in
+    every run; a number gives others, the same for the same number.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the schema is the engine's; its quirks are not ours
@@ -45,19 +48,23 @@ def fuzz(url: str, key: str, model: str, *, examples: int) -> FuzzReport:
         schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
         # A burst that fits the schema may keep an engine busy for minutes.
         # An engine on a busy machine may need longer than the library's ten seconds.
-        return _fuzz(schema.exclude(path="/qoe/bursts"), key, model, examples, timeout=120)
+        chosen = schema.exclude(path="/qoe/bursts")
+        return _fuzz(chosen, key, model, examples, entropy, timeout=120)
 
 
-def fuzz_app(app: Any, model: str, *, examples: int) -> FuzzReport:
+def fuzz_app(app: Any, model: str, *, examples: int, entropy: int | None = None) -> FuzzReport:
     """The same with an ASGI application in this process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import schemathesis
 
-        return _fuzz(schemathesis.openapi.from_asgi("/openapi.json", app), "", model, examples)
+        schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+        return _fuzz(schema, "", model, examples, entropy)
 
 
-def _fuzz(schema: Any, key: str, model: str, examples: int, **options: Any) -> FuzzReport:
+def _fuzz(
+    schema: Any, key: str, model: str, examples: int, entropy: int | None, **options: Any
+) -> FuzzReport:
     from schemathesis import GenerationMode
 
     report = FuzzReport()
@@ -66,7 +73,7 @@ def _fuzz(schema: Any, key: str, model: str, examples: int, **options: Any) -> F
         report.operations += 1
         for mode in GenerationMode:
             strategy = operation.as_strategy(generation_mode=mode)
-            _run(report, strategy, key, model, examples, options)
+            _run(report, strategy, key, model, examples, entropy, options)
     return report
 
 
@@ -76,12 +83,13 @@ def _run(
     key: str,
     model: str,
     examples: int,
+    entropy: int | None,
     options: dict[str, Any],
 ) -> None:
     @settings(
         max_examples=examples,
         database=None,
-        derandomize=True,
+        derandomize=entropy is None,
         deadline=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
@@ -100,6 +108,8 @@ def _run(
                 f"{case.method} {case.path}: {status} {response.text[:300]} for {case.body!r:.600}"
             )
 
+    if entropy is not None:
+        call = seed(entropy)(call)
     # A route without parameters has nothing that could be wrong.
     with contextlib.suppress(Unsatisfiable):
         call()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jobs.bench.andes.cases import ABLATIONS, MACHINES, SPEED, Case, Simulations, crossing
@@ -20,9 +21,11 @@ _SIMULATIONS = Simulations()
 
 
 def simulations(profile: Profile) -> Simulations:
-    """Runs of this process; the full profile's are kept on disk, so that it can be interrupted."""
-    if profile.full:
-        _SIMULATIONS.keep()
+    """Runs of this process; kept on disk where they are many or a folder is named, so that a run
+    that was interrupted goes on.
+    """
+    if profile.full or profile.partial:
+        _SIMULATIONS.keep(Path(profile.partial) if profile.partial else None)
     return _SIMULATIONS
 
 

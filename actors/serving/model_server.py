@@ -1,0 +1,52 @@
+"""Ray Serve LLM's server of one model with two faults of the pair Ray 2.60 and vLLM 0.29 mended.
+
+What vLLM raises about a request is not always of the two types that Ray expects, and became a
+server error; and Ray looks for vLLM's tokenizer routes under a name of another version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from jinja2 import TemplateError
+from ray.serve.llm.deployment import LLMServer
+
+from actors.serving.refusals import engine_error
+
+# Where vLLM raises one of these, it is about the request; its own server answers them as such.
+ABOUT_THE_REQUEST = (TypeError, OverflowError, NotImplementedError, TemplateError)
+FIELDS = {"chat": "messages", "completions": "prompt", "tokenize": "prompt", "detokenize": "tokens"}
+
+
+class ModelServer(LLMServer):  # type: ignore[misc]
+    """A replica that answers every mistake of a client as one."""
+
+    async def start(self) -> None:
+        """Start the engine, and find its tokenizer routes."""
+        await super().start()
+        if getattr(self.engine, "_oai_serving_tokenization", self) is None:
+            routes = getattr(self.engine._app_state, "serving_tokenization", None)
+            self.engine._oai_serving_tokenization = routes
+
+    async def _run_request(self, request: Any, *, engine_method: str, **options: Any) -> Any:
+        answers = await super()._run_request(request, engine_method=engine_method, **options)
+        return refusing(answers, FIELDS.get(engine_method))
+
+
+async def refusing(answers: AsyncIterator[Any], field: str | None) -> AsyncIterator[Any]:
+    """Pass answers on; a complaint about the request before the first one becomes an answer.
+
+    Args:
+        answers: the engine's.
+        field: the field that is named where vLLM names none.
+    """
+    begun = False
+    try:
+        async for answer in answers:
+            begun = True
+            yield answer
+    except ABOUT_THE_REQUEST as error:
+        if begun:
+            raise
+        yield engine_error(error, field)
