@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Callable
@@ -11,11 +10,16 @@ from typing import Any
 import numpy as np
 
 from raysys.bench import Baseline, Claim, Profile
-from raysys.federated.swan.choices import Choice, cost_of, enumerate_choices, greedy_choice
+from raysys.federated.swan.choices import Choice, enumerate_choices, greedy_choice
 from raysys.federated.swan.exploration import ExplorationConfig
 from raysys.federated.swan.frontier import Estimate, prune
-from raysys.federated.swan.pilot import Pilot, Policy
-from raysys.federated.swan.simulation import SimulatedPhone, Surroundings
+from raysys.federated.swan.pilot import Policy
+from raysys.federated.swan.simulation import (
+    SimulatedPhone,
+    Surroundings,
+    explore,
+    model_estimates,
+)
 from raysys.federated.swan.soc import (
     BETAS,
     PHONES,
@@ -51,25 +55,9 @@ FRONTIERS = {
 }
 
 
-def estimates(phone: Phone, workload: Workload, beta: float) -> list[Estimate]:
-    """All choices of a phone as the model has them."""
-    topology = phone.topology()
-    return [
-        Estimate(
-            choice=choice,
-            cost=cost_of(choice, topology),
-            seconds=step_time(phone, workload, choice, beta),
-            joules=step_energy(phone, workload, choice, beta),
-            source="SoC model",
-            steps=1,
-        )
-        for choice in enumerate_choices(topology)
-    ]
-
-
 def best_of(phone: Phone, workload: Workload, beta: float) -> Estimate:
     """The fastest choice; of equally fast ones the cheapest."""
-    return prune(estimates(phone, workload, beta))[0]
+    return prune(model_estimates(phone, workload, beta))[0]
 
 
 def model_check_values(profile: Profile) -> Claim:
@@ -96,7 +84,7 @@ def model_check_values(profile: Profile) -> Claim:
             if ours != table:
                 wrong.append([soc, network, beta, place, ours, table])
     for (network, beta), expected in FRONTIERS.items():
-        kept = prune(estimates(PHONES[0], workloads[network], beta), keep_ties=True)
+        kept = prune(model_estimates(PHONES[0], workloads[network], beta), keep_ties=True)
         listed = ", ".join(item.choice.label(PHONES[0].topology()) for item in kept)
         cells += 1
         if listed != expected:
@@ -120,19 +108,10 @@ def explored(
     noise-free times of the choice that was settled on and of the best one; the cost is the
     noise-free excess of every step of the exploration.
     """
-    cool = dataclasses.replace(phone, heat_j_per_k=1e9)
-    known = shared_profile(phone, workload, beta) if shared else None
-    pilot = Pilot(phone.topology(), Policy(), shared=known)
-    simulated = SimulatedPhone(cool, workload, beta, Policy(), seed=seed, pilot=pilot)
-    best_s = simulated.expected_s(simulated.oracle())
-    excess_s = 0.0
-    while simulated.pilot.exploring and simulated.totals.steps < TASK_STEPS:
-        assert simulated.pilot.choice is not None
-        excess_s += simulated.expected_s(simulated.pilot.choice) - best_s
-        simulated.step()
-    settled = simulated.pilot.choice
-    assert settled is not None
-    return simulated.expected_s(settled) / best_s - 1, excess_s / (TASK_STEPS * best_s), settled
+    found = explore(phone, workload, beta, seed, shared=shared, most_steps=TASK_STEPS)
+    best_s = best_of(phone, workload, beta).seconds / phone.rate
+    excess_s = found.excess_s + found.steps * best_s * found.gap
+    return found.gap, excess_s / (TASK_STEPS * best_s), found.settled
 
 
 def oracle_gap(profile: Profile) -> Claim:
@@ -194,7 +173,7 @@ def _full_cost(phone: Phone, workload: Workload, beta: float) -> float:
     """Cost of measuring all choices, two warm-up steps and then five each."""
     config = ExplorationConfig()
     steps = config.first_warmup + config.min_steps
-    times = [item.seconds for item in estimates(phone, workload, beta)]
+    times = [item.seconds for item in model_estimates(phone, workload, beta)]
     best = min(times)
     return sum(steps * (seconds - best) for seconds in times) / (TASK_STEPS * best)
 
@@ -349,11 +328,3 @@ def _half(phone: Phone) -> list[Choice]:
 
 def _geometric(values: list[float]) -> float:
     return math.exp(float(np.mean(np.log(values))))
-
-
-def shared_profile(phone: Phone, workload: Workload, beta: float) -> dict[str, Any]:
-    """The profile that other phones of the kind would share."""
-    pilot = Pilot(phone.topology())
-    for item in estimates(phone, workload, beta):
-        pilot.profile.of(item.choice).add(item.seconds / phone.rate, math.nan, "SoC model")
-    return pilot.profile.to_plain()

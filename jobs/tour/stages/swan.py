@@ -9,12 +9,13 @@ from typing import Any
 
 from actors.swan.engine import EngineConfig, Swan
 from jobs.bench.swan.loads import burner
-from jobs.bench.swan.model import estimates, explored
+from jobs.bench.swan.model import explored
 from jobs.bench.swan.networks import Training
 from jobs.tour.stage import Row, Stage, StageContext, StageResult
 from raysys.federated.swan.choices import greedy_choice
 from raysys.federated.swan.exploration import ExplorationConfig
 from raysys.federated.swan.pilot import Policy
+from raysys.federated.swan.simulation import model_estimates
 from raysys.federated.swan.soc import (
     BETAS,
     PHONES,
@@ -174,9 +175,9 @@ def _phone_plot() -> Plot:
     figure, axes = new_figure()
     phone = PHONES[0]
     topology = phone.topology()
-    labels = [item.choice.label(topology) for item in estimates(phone, WORKLOADS[1], 0.0)]
+    labels = [item.choice.label(topology) for item in model_estimates(phone, WORKLOADS[1], 0.0)]
     for beta in BETAS:
-        times = [item.seconds for item in estimates(phone, WORKLOADS[1], beta)]
+        times = [item.seconds for item in model_estimates(phone, WORKLOADS[1], beta)]
         axes.plot(range(len(labels)), times, marker="o", label=f"beta {beta:g}")
     axes.set_xticks(range(len(labels)), labels, rotation=40, ha="right", fontsize=8)
     axes.set_yscale("log")

@@ -1,8 +1,9 @@
 """A fleet of modelled phones in federated training: what a choice of cores does to convergence.
 
-A phone that wastes energy owes more, sits out sooner, and answers later. Learning is real (the
-federated core trains every update); time and energy come from the SoC model, availability from a
-daily pattern or a trace.
+A phone that wastes energy owes more, sits out sooner, and answers later. Swan's phones pay for
+exploring (the first of each model; the others verify the profile that those share) and move to
+thriftier choices as their loan grows. Learning is real (the federated core trains every update);
+time and energy come from the SoC model, availability from a daily pattern or a trace.
 """
 
 from __future__ import annotations
@@ -21,22 +22,42 @@ from raysys.federated.core.messages import TrainTask
 from raysys.federated.core.population import Population
 from raysys.federated.core.strategy import JobFacts, RoundReport, Strategy
 from raysys.federated.core.training import Samples, train_task
-from raysys.federated.swan.choices import enumerate_choices, greedy_choice
+from raysys.federated.swan.choices import greedy_choice
 from raysys.federated.swan.energy import LoanConfig
+from raysys.federated.swan.frontier import prune
+from raysys.federated.swan.sharing import SharingConfig
+from raysys.federated.swan.simulation import explore, model_estimates
 from raysys.federated.swan.soc import PHONES, Phone, Workload, power_w, step_time
 
 DAY_S = 86_400.0
 SCORE_MS = 10.4 * 44.0
+QUORUM = SharingConfig().quorum
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FleetDevice:
-    """A phone with the step time, joules and allowance of one task under one policy."""
+    """A phone with what a task costs it under one policy.
+
+    Args:
+        steps: seconds and joules of a step on the choices that may be used, fastest first.
+        explore, verify: extra seconds and joules of the first task without and with a profile.
+    """
 
     phone: Phone
-    step_s: float
-    step_j: float
+    steps: tuple[tuple[float, float], ...]
     allowance_j: float
+    explore: tuple[float, float] = (0.0, 0.0)
+    verify: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step while nothing is owed."""
+        return self.steps[0][0]
+
+    @property
+    def step_j(self) -> float:
+        """Joules of such a step."""
+        return self.steps[0][1]
 
     @property
     def cpu_score(self) -> float:
@@ -162,8 +183,14 @@ class _Fleet:
         self.config = config
         args = (workload, config.beta, config.policy, config.unit_s, config.seed, config.loan)
         devices = draw_fleet(config.devices, *args)
-        self.step_s = np.array([device.step_s for device in devices])
-        self.step_j = np.array([device.step_j for device in devices])
+        self._devices = devices
+        widest = max(len(device.steps) for device in devices)
+        steps = [
+            device.steps + device.steps[-1:] * (widest - len(device.steps)) for device in devices
+        ]
+        self._steps = np.array(steps)  # [devices, choices, (seconds, joules)]
+        self._new = np.ones(config.devices, dtype=bool)
+        self._profiles: dict[str, int] = {}
         self.allowance_j = np.array([device.allowance_j for device in devices])
         self.loan_j = np.zeros(config.devices)
         self.excluded: set[tuple[int, int]] = set()
@@ -191,17 +218,44 @@ class _Fleet:
         priority = rng.random(config.devices)
         started = able[np.argsort(priority[able])[:wanted]]
         noise = np.exp(0.05 * rng.standard_normal(config.devices))
-        times = (self._link_s + config.local_steps * self.step_s * noise)[started]
+        step_s, step_j = self._step_costs(started)
+        extra_s, extra_j = self._first_costs(started)
+        trained_s = config.local_steps * step_s * noise[started] + extra_s
+        times = self._link_s[started] + trained_s
         order = np.argsort(times, kind="stable")
         accepted = started[order[: config.per_round]]
         duration_s = float(times[order[config.per_round - 1]])
         # Those that are too late have trained up to the end of the round.
         share = np.minimum(duration_s / times, 1.0)
-        spent = config.local_steps * self.step_j[started] * share
+        spent = (config.local_steps * step_j + extra_j) * share
         self.loan_j[started] += spent
         self.joules += float(spent.sum())
         self._wait(duration_s)
         return np.sort(accepted)
+
+    def _step_costs(
+        self, started: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Seconds and joules of a step on the choice that each phone's loan makes the best."""
+        steps = self._steps[started]
+        used = np.minimum(self.loan_j[started] / self.allowance_j[started], 1.0)
+        price_s = used * steps[:, :, 0].max(axis=1) / steps[:, :, 1].max(axis=1)
+        best = np.argmin(steps[:, :, 0] + price_s[:, None] * steps[:, :, 1], axis=1)
+        chosen = steps[np.arange(len(started)), best]
+        return chosen[:, 0], chosen[:, 1]
+
+    def _first_costs(
+        self, started: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """What a phone's first task costs more: exploring, or verifying what others have shared."""
+        extra = np.zeros((len(started), 2))
+        for place in np.flatnonzero(self._new[started]):
+            device = self._devices[started[place]]
+            told = self._profiles.get(device.phone.name, 0)
+            extra[place] = device.explore if told < QUORUM else device.verify
+            self._profiles[device.phone.name] = told + 1
+        self._new[started] = False
+        return extra[:, 0], extra[:, 1]
 
     def _able(self) -> npt.NDArray[np.int64]:
         online = (self.now_s / DAY_S + self._phase) % 1.0 < self.config.online
@@ -222,13 +276,26 @@ class _Fleet:
 def _device(
     phone: Phone, workload: Workload, beta: float, policy: str, unit_s: float, loan: LoanConfig
 ) -> FleetDevice:
-    topology = phone.topology()
-    choice = greedy_choice(topology)
-    if policy == "swan":
-        choice = min(enumerate_choices(topology), key=lambda c: step_time(phone, workload, c, beta))
-    seconds = unit_s / phone.rate * step_time(phone, workload, choice, beta)
+    unit = unit_s / phone.rate
     allowance_j = 3600.0 * min(loan.share * phone.battery_wh, loan.max_wh)
-    return FleetDevice(phone, seconds, seconds * power_w(phone, choice), allowance_j)
+    if policy == "greedy":
+        choice = greedy_choice(phone.topology())
+        seconds = unit * step_time(phone, workload, choice, beta)
+        return FleetDevice(phone, ((seconds, seconds * power_w(phone, choice)),), allowance_j)
+    known = model_estimates(phone, workload, beta)
+    found = explore(phone, workload, beta)
+    fastest = next(item for item in known if item.choice.counts == found.settled.counts)
+    # What is dearer than the settled choice is what exploration did not find.
+    kept = [item for item in known if item.cost <= fastest.cost]
+    frontier = prune(kept, by_energy=True)
+    verified = explore(phone, workload, beta, shared=True)
+    return FleetDevice(
+        phone,
+        tuple((unit * item.seconds, unit * item.joules) for item in frontier),
+        allowance_j,
+        (unit_s * found.excess_s, unit_s * found.excess_j),
+        (unit_s * verified.excess_s, unit_s * verified.excess_j),
+    )
 
 
 def _learn(

@@ -9,15 +9,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from raysys.config import check_range
-from raysys.federated.swan.choices import Choice, enumerate_choices
+from raysys.federated.swan.choices import Choice, cost_of, enumerate_choices
 from raysys.federated.swan.energy import Battery
+from raysys.federated.swan.frontier import Estimate
 from raysys.federated.swan.interference import Demand
 from raysys.federated.swan.pilot import Change, Pilot, Policy, Step
-from raysys.federated.swan.soc import Phone, Workload, power_w, step_time
+from raysys.federated.swan.soc import Phone, Workload, power_w, step_energy, step_time
 
 NOISE = 0.05
 CAP_FROM_C = 43.0
@@ -210,3 +212,77 @@ class SimulatedPhone:
         choice = change.choice
         label = choice.label(self.pilot.topology) if choice is not None else "pause"
         self.totals.moves.append((self.now_s, label, change.reason))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Exploration:
+    """What one exploration came to, without the noise of its steps.
+
+    Args:
+        settled: the choice at its end. gap: its time over the oracle's, less one.
+        steps: steps that it took. excess_s, excess_j: their time and energy beyond those of as
+            many steps on the settled choice, in units of ``unit_s`` (1 on the reference phone).
+    """
+
+    settled: Choice
+    gap: float
+    steps: int
+    excess_s: float
+    excess_j: float
+
+
+def explore(
+    phone: Phone,
+    workload: Workload,
+    beta: float,
+    seed: int = 0,
+    *,
+    shared: bool = False,
+    most_steps: int = 200,
+) -> Exploration:
+    """Let the pilot explore on a cool phone; with ``shared`` it only verifies others' profile."""
+    cool = dataclasses.replace(phone, heat_j_per_k=1e9)
+    known = shared_profile(phone, workload, beta) if shared else None
+    pilot = Pilot(phone.topology(), Policy(), shared=known)
+    simulated = SimulatedPhone(cool, workload, beta, Policy(), seed=seed, pilot=pilot)
+    taken: list[Choice] = []
+    while pilot.exploring and len(taken) < most_steps:
+        assert pilot.choice is not None
+        taken.append(pilot.choice)
+        simulated.step()
+    settled = pilot.choice
+    assert settled is not None
+    best_s, best_w = simulated.expected_s(settled), power_w(phone, settled)
+    times = [simulated.expected_s(choice) for choice in taken]
+    joules = sum(t * power_w(phone, choice) for t, choice in zip(times, taken))
+    return Exploration(
+        settled=settled,
+        gap=best_s / simulated.expected_s(simulated.oracle()) - 1,
+        steps=len(taken),
+        excess_s=sum(times) - len(taken) * best_s,
+        excess_j=joules - len(taken) * best_s * best_w,
+    )
+
+
+def model_estimates(phone: Phone, workload: Workload, beta: float) -> list[Estimate]:
+    """All choices of a phone as the model has them, in its own one-prime-core steps."""
+    topology = phone.topology()
+    return [
+        Estimate(
+            choice=choice,
+            cost=cost_of(choice, topology),
+            seconds=step_time(phone, workload, choice, beta),
+            joules=step_energy(phone, workload, choice, beta),
+            source=SOURCE,
+            steps=1,
+        )
+        for choice in enumerate_choices(topology)
+    ]
+
+
+def shared_profile(phone: Phone, workload: Workload, beta: float) -> dict[str, Any]:
+    """The profile that other phones of the kind would share."""
+    pilot = Pilot(phone.topology())
+    for item in model_estimates(phone, workload, beta):
+        pilot.profile.of(item.choice).add(item.seconds / phone.rate, math.nan, SOURCE)
+    return pilot.profile.to_plain()

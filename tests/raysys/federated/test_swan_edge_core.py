@@ -17,7 +17,7 @@ from raysys.federated.core.population import Population
 from raysys.federated.core.serialize import pack_arrays
 from raysys.federated.core.strategy import JobFacts
 from raysys.federated.swan.energy import Battery
-from raysys.federated.swan.fleet import FleetConfig, draw_fleet
+from raysys.federated.swan.fleet import FleetConfig, _Fleet, draw_fleet
 from raysys.federated.swan.plans import (
     Plan,
     PlanLimits,
@@ -31,7 +31,7 @@ from raysys.federated.swan.plans import (
     unpack_weights,
 )
 from raysys.federated.swan.rounds import EdgeRound
-from raysys.federated.swan.soc import SHUFFLENETV2
+from raysys.federated.swan.soc import RESNET34, SHUFFLENETV2
 from raysys.federated.swan.willingness import (
     WillingnessConfig,
     backoff_s,
@@ -241,3 +241,23 @@ def test_fleet_owes_less_on_better_cores() -> None:
     assert all(a.step_s > 7 * b.step_s and a.step_j > 15 * b.step_j for a, b in zip(greedy, swan))
     with pytest.raises(ConfigError, match="devices"):
         FleetConfig(devices=10, per_round=20)
+
+
+def test_fleet_pays_for_exploring_and_saves_when_it_owes() -> None:
+    fleet = _Fleet(FleetConfig(devices=40, per_round=5, beta=0.0), RESNET34)
+    greedy = _Fleet(FleetConfig(devices=40, per_round=5, beta=0.0, policy="greedy"), RESNET34)
+    everyone = np.arange(40)
+    fresh_s, fresh_j = fleet._step_costs(everyone)
+    assert np.allclose(fresh_s, greedy._step_costs(everyone)[0]), "greedy is the best one here"
+    extra_s, _ = fleet._first_costs(everyone)
+    names = [device.phone.name for device in fleet._devices]
+    for name in set(names):
+        mine = [extra for extra, other in zip(extra_s.tolist(), names) if other == name]
+        assert min(mine[:3]) > 3 * max(mine[3:]), "three explore, the others verify"
+    assert not fleet._first_costs(everyone)[0].any(), "only once"
+    assert not greedy._first_costs(everyone)[0].any()
+    fleet.loan_j[:] = 0.9 * fleet.allowance_j
+    owing_s, owing_j = fleet._step_costs(everyone)
+    assert (owing_s >= fresh_s).all()
+    assert (owing_j <= fresh_j).all()
+    assert owing_j.sum() < 0.95 * fresh_j.sum()
