@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from jobs.launcher import Job, JobContext, Summary
 from jobs.lte.figures import layer_figure, save_report
 from jobs.lte.train import Config as TrainConfig
@@ -13,10 +15,14 @@ from raysys.config import check, check_choice, check_range
 from raysys.report import Plot, Section, Table
 from raysys.training.lte import checkpoint as checkpoints
 from raysys.training.lte import flops
+from raysys.training.lte.decoding import greedy, paired_speeds
 from raysys.training.lte.evaluation import evaluate
 from raysys.training.lte.gating import MODES, Mode
+from raysys.training.lte.inference import to_kernels
 from raysys.training.lte.program import TextConfig
 from raysys.training.lte.shapes import shape_of
+
+PROMPT_TOKENS, REPEATS = 16, 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,18 +34,23 @@ class Config:
         mode: ``hard`` is how the model is served.
         offsets: offsets of the threshold in logits; one row each.
         batch: sequences at a time.
+        decode_tokens: greedy tokens whose decoding is timed, dense against the kernel, one
+            thread; 0 for none.
     """
 
     model: str = ""
     mode: Mode = "hard"
     offsets: tuple[float, ...] = (0.0,)
     batch: int = 4
+    decode_tokens: int = 24
     text: TextConfig = dataclasses.field(default_factory=TextConfig)
 
     def __post_init__(self) -> None:
         check(self, "model", bool(self.model), "an LTE checkpoint")
         check_choice(self, "mode", MODES)
         check_range(self, "batch", 1)
+        check(self, "decode_tokens", self.decode_tokens != 1 and self.decode_tokens >= 0,
+              "0, or two or more")  # fmt: skip
 
 
 def run(config: Config, context: JobContext) -> Summary:
@@ -54,7 +65,8 @@ def run(config: Config, context: JobContext) -> Summary:
     for offset in config.offsets:
         values = evaluate(found.sparse, tests, mode=config.mode, offset=offset).as_dict()
         rows.append({"offset": offset, **_row(values, shape)})
-    context.run.write_json("result.json", {"rows": rows})
+    speed = _speed(config, found)
+    context.run.write_json("result.json", {"rows": rows, "decoding": speed})
     headers = ["threshold offset", "nats", "perplexity", "FFN sparsity", "GiFLOPs", "with head"]
     cells = [
         ["all experts on" if row["offset"] is None else f"{row['offset']:g}", f"{row['nll']:.4f}",
@@ -71,8 +83,38 @@ def run(config: Config, context: JobContext) -> Summary:
     )
     save_report(context.run, "LTE evaluation", str(folder), [section])
     return Summary(
-        lines=[" | ".join(headers), *[" | ".join(c) for c in cells]], report="report.html"
+        lines=[" | ".join(headers), *[" | ".join(c) for c in cells], *_speed_lines(speed)],
+        report="report.html",
     )
+
+
+def _speed(config: Config, found: checkpoints.Checkpoint) -> dict[str, float] | None:
+    """Tokens per second of the dense weights and of the kernel; the checkpoint is used up."""
+    model = found.sparse.model
+    if not config.decode_tokens or not model.can_generate():  # type: ignore[operator]
+        return None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        other = checkpoints.load(Path(config.model))
+        other.sparse.close()
+        to_kernels(found)
+        ids = range(1, 1 + min(PROMPT_TOKENS, found.sparse.model.config.vocab_size - 1))  # type: ignore[union-attr,operator]
+        dense, sparse = other.sparse.model.eval(), model.eval()
+        for one in (dense, sparse):
+            greedy(one, ids, 2)
+        return paired_speeds(dense, sparse, ids, config.decode_tokens, REPEATS)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _speed_lines(speed: dict[str, float] | None) -> list[str]:
+    if speed is None:
+        return []
+    return [
+        f"decoding, one thread: {speed['tokens_per_s']:.1f} tokens/s, dense "
+        f"{speed['dense_tokens_per_s']:.1f}, ratio {speed['speedup']:.2f}"
+    ]
 
 
 def _row(values: dict[str, Any], shape: flops.Shape) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from raysys.bench import Baseline, Claim, Profile
 from raysys.ops import lte_ops
 from raysys.training.lte import checkpoint as checkpoints
 from raysys.training.lte import flops
+from raysys.training.lte.decoding import greedy, paired_speeds
 from raysys.training.lte.inference import to_kernels
 from raysys.training.lte.shapes import shape_of
 
@@ -65,7 +65,7 @@ def vllm_tokens_equal(profile: Profile) -> Claim:
     prompts = models.prompts(count, PROMPT_TOKENS)
     answer = generate(OfflineRequest(folder=str(folder), prompts=prompts, tokens=tokens, repeats=1))
     model = _kernel_model(folder, torch.float32)
-    expected = [_greedy(model, prompt, tokens) for prompt in prompts]
+    expected = [greedy(model, prompt, tokens) for prompt in prompts]
     same = [
         sum(a == b for a, b in zip(mine, theirs)) for mine, theirs in zip(answer.tokens, expected)
     ]
@@ -84,17 +84,11 @@ def _hugging_face(dtype: str, sparsity: float, tokens: int, repeats: int) -> dic
     sparse = _kernel_model(folder, DTYPES[dtype])
     (prompt,) = models.prompts(1, PROMPT_TOKENS)
     for model in (dense, sparse):
-        _greedy(model, prompt, 4)
+        greedy(model, prompt, 4)
     lte_ops.PATHS.active = lte_ops.PATHS.possible = 0
-    times = [
-        (_decode_s(dense, prompt, tokens), _decode_s(sparse, prompt, tokens))
-        for _ in range(repeats)
-    ]
     return {
         "dtype": dtype,
-        "dense_tokens_per_s": statistics.median(1 / d for d, _ in times),
-        "tokens_per_s": statistics.median(1 / s for _, s in times),
-        "speedup": statistics.median(d / s for d, s in times),
+        **paired_speeds(dense, sparse, prompt, tokens, repeats),
         **_ceiling(folder, 1.0 - lte_ops.PATHS.density),
     }
 
@@ -137,23 +131,3 @@ def _kernel_model(folder: Path, dtype: torch.dtype) -> nn.Module:
     checkpoint = checkpoints.load(folder)
     to_kernels(checkpoint, dtype)
     return checkpoint.sparse.model.eval()
-
-
-@torch.no_grad()
-def _greedy(model: nn.Module, prompt: list[int], tokens: int) -> list[int]:
-    ids = torch.tensor([prompt])
-    out = model.generate(  # type: ignore[operator]
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens,
-        do_sample=False, pad_token_id=0,
-    )  # fmt: skip
-    return [int(token) for token in out[0, len(prompt) :]]
-
-
-def _decode_s(model: nn.Module, prompt: list[int], tokens: int) -> float:
-    """Seconds per token after the first."""
-    started = time.thread_time()
-    _greedy(model, prompt, 1)
-    first = time.thread_time() - started
-    started = time.thread_time()
-    _greedy(model, prompt, tokens)
-    return (time.thread_time() - started - first) / (tokens - 1)
