@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from actors.serving.endpoint import quiet_logs
 from jobs.launcher import Job, JobContext, Summary, main
 from raysys.config import check, check_range
 from raysys.errors import CapabilityError, RemoteError, StorageError
-from raysys.serving.andes.paced_stream import paced
+from raysys.serving.andes.paced_chat import AsyncPacedChat, pieces_of
 from raysys.serving.andes.pacer import Pacer, PacerReport
 from raysys.serving.andes.qoe import QoESpec
 
@@ -106,7 +106,6 @@ async def answer(config: ChatConfig, history: Sequence[dict[str, str]]) -> tuple
         raise CapabilityError("the OpenAI client", str(error), "Run `make setup`") from error
     quiet_logs()
     submitted = time.perf_counter()
-    pacer: Pacer[str] = Pacer(config.spec, submitted, flush="paced" if config.paced else "now")
     shown: list[str] = []
     try:
         async with openai.AsyncOpenAI(
@@ -115,22 +114,33 @@ async def answer(config: ChatConfig, history: Sequence[dict[str, str]]) -> tuple
             max_retries=0,
             timeout=config.timeout_s,
         ) as client:
-            chunks = pieces(await open_stream(client, config, history))
-            if config.paced:
-                async for piece in paced(chunks, pacer, time.perf_counter):
-                    show(piece, shown)
-            else:
-                async for several in chunks:
-                    pacer.push(several, time.perf_counter())
-                    for piece in several:
-                        show(piece, shown)
-                pacer.end(time.perf_counter())
+            stream = await open_stream(client, config, history)
+            report = await print_answer(stream, config, submitted, shown)
     except openai.OpenAIError as problem:
         remedy = "Is `raysys serve` running there? Or change it with --set url=..."
         raise RemoteError(f"endpoint {config.url}", describe_failure(problem), remedy) from None
     finally:
         print(flush=True)
-    return "".join(shown), pacer.report()
+    return "".join(shown), report
+
+
+async def print_answer(
+    stream: Any, config: ChatConfig, submitted_s: float, shown: list[str]
+) -> PacerReport:
+    """Print the pieces at reading pace, or as they arrive."""
+    clock = time.perf_counter
+    if config.paced:
+        paced = AsyncPacedChat(stream, config.spec, clock, submitted_s=submitted_s)
+        async for piece in paced:
+            show(piece, shown)
+        return paced.report()
+    pacer: Pacer[str] = Pacer(config.spec, submitted_s, flush="now")
+    async for chunk in stream:
+        pacer.push(pieces := pieces_of(chunk), clock())
+        for piece in pieces:
+            show(piece, shown)
+    pacer.end(clock())
+    return pacer.report()
 
 
 def read_key(path: str | None) -> str:
@@ -160,12 +170,6 @@ async def open_stream(client: Any, config: ChatConfig, history: Sequence[dict[st
         stream=True,
         extra_body={"vllm_xargs": qoe_fields(config.spec)},
     )
-
-
-async def pieces(stream: Any) -> AsyncIterator[list[str]]:
-    """The text of each chunk; one token a chunk."""
-    async for chunk in stream:
-        yield [choice.delta.content for choice in chunk.choices if choice.delta.content]
 
 
 def show(piece: str, shown: list[str]) -> None:

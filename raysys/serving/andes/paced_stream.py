@@ -12,7 +12,7 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Sequence
 from typing import TypeVar
 
-from raysys.serving.andes.pacer import Pacer
+from raysys.serving.andes.pacer import Pacer, Pieces
 
 TokenT = TypeVar("TokenT")
 Clock = Callable[[], float]
@@ -24,7 +24,7 @@ async def paced(
     """Pace an asynchronous stream.
 
     Args:
-        chunks: the raw stream; a chunk holds zero or more tokens.
+        chunks: the raw stream; a chunk holds zero or more tokens (or :class:`Pieces` of text).
         pacer: fresh pacer whose ``submitted_s`` is on ``clock``.
         clock: monotonic seconds.
 
@@ -90,13 +90,17 @@ def paced_sync(
                 ended, failure = True, chunk
                 pacer.end(clock())
             else:
-                pacer.push(chunk, clock())
+                _push(pacer, chunk, clock())
     finally:
         closed.set()
         if not pacer.done:
             pacer.cancel(clock())
     if failure is not None:
         raise failure
+
+
+def _push(pacer: Pacer[TokenT], chunk: Sequence[TokenT], now_s: float) -> None:
+    pacer.push(chunk, now_s, chunk.weight if isinstance(chunk, Pieces) else 1.0)
 
 
 async def _next(chunks: AsyncIterator[Sequence[TokenT]]) -> Sequence[TokenT]:
@@ -108,7 +112,7 @@ def _take(
 ) -> tuple[bool, Exception | None]:
     """Move a finished read into the pacer; returns (stream ended, why if it failed)."""
     try:
-        pacer.push(pull.result(), now_s)
+        _push(pacer, pull.result(), now_s)
     except StopAsyncIteration:
         pacer.end(now_s)
         return True, None
@@ -126,7 +130,8 @@ def _read(
     last: Exception | None = None
     try:
         for chunk in chunks:
-            if not _put(inbox, list(chunk), closed):
+            kept: Sequence[TokenT] = chunk if isinstance(chunk, Pieces) else list(chunk)
+            if not _put(inbox, kept, closed):
                 return
     except Exception as error:
         last = error

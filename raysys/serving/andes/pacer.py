@@ -50,6 +50,22 @@ class PacerReport:
     qoe: float
 
 
+class Pieces(list[str]):
+    """Text that arrived at once, to be shown piece by piece.
+
+    ``weight`` is how many tokens' time each piece takes to read.
+    """
+
+    weight = 1.0
+
+    @classmethod
+    def of_words(cls, words: Sequence[str]) -> Pieces:
+        """Words instead of tokens."""
+        pieces = cls(words)
+        pieces.weight = TOKENS_PER_WORD
+        return pieces
+
+
 class Pacer(Generic[TokenT]):
     """Never reorders, loses, duplicates or merges tokens; two are never closer than tau.
 
