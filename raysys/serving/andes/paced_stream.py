@@ -130,8 +130,8 @@ def _read(
     last: Exception | None = None
     try:
         for chunk in chunks:
-            kept: Sequence[TokenT] = chunk if isinstance(chunk, Pieces) else list(chunk)
-            if not _put(inbox, kept, closed):
+            # An empty tuple means something else to the one who receives.
+            if not _put(inbox, list(chunk) if isinstance(chunk, tuple) else chunk, closed):
                 return
     except Exception as error:
         last = error
