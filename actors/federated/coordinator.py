@@ -32,7 +32,7 @@ from raysys.federated.core.evaluation import Score, mean_score, percentiles
 from raysys.federated.core.messages import Partial
 from raysys.federated.core.model import FlatWeights
 from raysys.federated.core.population import Population
-from raysys.federated.core.privacy import PrivateAvg
+from raysys.federated.core.privacy import GivesGuarantee
 from raysys.federated.core.serialize import pack_arrays, unpack_arrays
 from raysys.federated.core.strategy import RoundReport
 from raysys.runs import RunDirectory
@@ -179,9 +179,8 @@ class JobActor:
 
     def _guarantee(self) -> dict[str, Any] | None:
         strategy = self._job.strategy
-        if not isinstance(strategy, PrivateAvg):
-            return None
-        return dataclasses.asdict(strategy.guarantee())
+        found = strategy.guarantee() if isinstance(strategy, GivesGuarantee) else None
+        return None if found is None else dataclasses.asdict(found)
 
     def close(self) -> None:
         """End the workers; may be called twice."""

@@ -30,6 +30,8 @@ from raysys.federated.core.randomness import Purpose, generator
 from raysys.federated.core.server import ServerOptimizer
 from raysys.federated.core.strategy import Assignment, JobFacts, RoundReport, StateArrays
 
+KEEP_STALENESS = 1000
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class AsyncConfig:
@@ -66,6 +68,100 @@ class _Clock:
         return _Clock(list(self.flying), self.started, self.now_s)
 
 
+class BufferedArrivals:
+    """Who is in flight, from which version, and whose answers fill the next buffer.
+
+    Args:
+        config: the clock. buffer: answers to a server step.
+    """
+
+    def __init__(self, config: AsyncConfig, buffer: int) -> None:
+        self._config = config
+        self._buffer = buffer
+        self._clock = _Clock([], 0, 0.0)
+        self._next: _Clock | None = None
+        self.started_from: dict[int, int] = {}
+
+    def check(self, population: Population) -> None:
+        """Raise a ConfigError for more clients in flight than there are."""
+        if self._config.concurrency > population.n_clients:
+            raise ConfigError(
+                "asynchronous.concurrency", self._config.concurrency,
+                f"at most the population of {population.n_clients}",
+            )  # fmt: skip
+
+    def select(
+        self,
+        population: Population,
+        devices: DeviceConfig,
+        cost_of: CostOf,
+        seed: int,
+        round_id: int,
+    ) -> Outcome:
+        """Who fills the next buffer; repeats exactly until :meth:`commit`.
+
+        ``started_from`` then tells the version that each accepted client trained from.
+
+        Raises:
+            InfeasibleError: nearly all answers are dropped.
+        """
+        clock, begin = self._clock.copy(), self._clock.now_s
+        accepted: list[int] = []
+        late: list[int] = []
+        failed: list[int] = []
+        self.started_from = {}
+        draw = _Arrivals(population, devices, cost_of, seed, self._config)
+        busy = {client for _, _, client, _ in clock.flying}
+        while len(accepted) < self._buffer:
+            while len(clock.flying) < self._config.concurrency:
+                draw.start(clock, round_id, busy)
+            clock.now_s, number, client, version = heapq.heappop(clock.flying)
+            busy.discard(client)
+            if draw.fails(number):
+                failed.append(client)
+            elif round_id - version > self._config.max_staleness or client in self.started_from:
+                late.append(client)
+            else:
+                accepted.append(client)
+                self.started_from[client] = version
+            if len(late) + len(failed) > 100 * (self._buffer + len(accepted)):
+                raise InfeasibleError(
+                    f"round {round_id}", "nearly all answers fail or are too old",
+                    "Raise asynchronous.max_staleness or lower the failure rate",
+                )  # fmt: skip
+        self._next = clock
+        duration_s = clock.now_s - begin
+        return Outcome(_ids(accepted), _ids(late), _ids(failed), duration_s, None)
+
+    def commit(self) -> set[int]:
+        """The buffer was used; returns the versions that clients in flight started from."""
+        assert self._next is not None
+        self._clock, self._next = self._next, None
+        return {version for _, _, _, version in self._clock.flying}
+
+    def state(self) -> StateArrays:
+        """Clients in flight, and what was drawn."""
+        flying = sorted(self._clock.flying)
+        return {
+            "async.arrivals": np.array([row[0] for row in flying], dtype=np.float64),
+            "async.flying": np.array([row[1:] for row in flying], dtype=np.int64).reshape(-1, 3),
+            "async.clock": np.array([self._clock.started, self._clock.now_s], dtype=np.float64),
+        }
+
+    def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Restore :meth:`state`.
+
+        Raises:
+            ConfigError: it is not of asynchronous rounds.
+        """
+        if "async.flying" not in state:
+            raise ConfigError("state", sorted(state), "a state of FedBuff")
+        started, now_s = state["async.clock"].tolist()
+        rows = zip(state["async.arrivals"].tolist(), state["async.flying"].tolist())
+        flying = [(arrival, *map(int, row)) for arrival, row in rows]
+        self._clock = _Clock(flying, int(started), float(now_s))
+
+
 class FedBuff(FedAvg):
     """One model with asynchronous clients.
 
@@ -81,10 +177,7 @@ class FedBuff(FedAvg):
         server: ServerOptimizer | None = None,
     ) -> None:
         super().__init__(spec, local, clients_per_round, server, "uniform")
-        self._config = config
-        self._clock = _Clock([], 0, 0.0)
-        self._next: _Clock | None = None
-        self._started_from: dict[int, int] = {}
+        self._arrivals = BufferedArrivals(config, clients_per_round)
         self._history: dict[int, FlatWeights] = {}
         self._sum: npt.NDArray[np.float64] | None = None
         self.staleness: list[int] = []
@@ -92,11 +185,7 @@ class FedBuff(FedAvg):
     def start(self, facts: JobFacts) -> None:
         """The first version; nobody flies yet."""
         super().start(facts)
-        if self._config.concurrency > facts.population.n_clients:
-            raise ConfigError(
-                "asynchronous.concurrency", self._config.concurrency,
-                f"at most the population of {facts.population.n_clients}",
-            )  # fmt: skip
+        self._arrivals.check(facts.population)
         self._history = {self._version: self.weights(0)}
 
     def select(
@@ -107,42 +196,13 @@ class FedBuff(FedAvg):
         seed: int,
         round_id: int,
     ) -> Outcome:
-        """Who fills the next buffer; repeats exactly until the round closes.
-
-        Raises:
-            InfeasibleError: all answers are dropped.
-        """
-        clock, begin = self._clock.copy(), self._clock.now_s
-        accepted: list[int] = []
-        late: list[int] = []
-        failed: list[int] = []
-        self._started_from = {}
-        draw = _Arrivals(population, devices, cost_of, seed, self._config)
-        busy = {client for _, _, client, _ in clock.flying}
-        while len(accepted) < self.clients_per_round:
-            while len(clock.flying) < self._config.concurrency:
-                draw.start(clock, round_id, busy)
-            clock.now_s, number, client, version = heapq.heappop(clock.flying)
-            busy.discard(client)
-            if draw.fails(number):
-                failed.append(client)
-            elif round_id - version > self._config.max_staleness or client in self._started_from:
-                late.append(client)
-            else:
-                accepted.append(client)
-                self._started_from[client] = version
-            if len(late) + len(failed) > 100 * (self.clients_per_round + len(accepted)):
-                raise InfeasibleError(
-                    f"round {round_id}", "nearly all answers fail or are too old",
-                    "Raise asynchronous.max_staleness or lower the failure rate",
-                )  # fmt: skip
-        self._next = clock
-        duration_s = clock.now_s - begin
-        return Outcome(_ids(accepted), _ids(late), _ids(failed), duration_s, None)
+        """Who fills the next buffer; repeats exactly until the round closes."""
+        return self._arrivals.select(population, devices, cost_of, seed, round_id)
 
     def assign(self, round_id: int, clients: IntArray) -> list[Assignment]:
         """One assignment per version that somebody started from."""
-        versions = np.array([self._started_from[c] for c in clients.tolist()], dtype=np.int64)
+        started = self._arrivals.started_from
+        versions = np.array([started[c] for c in clients.tolist()], dtype=np.int64)
         return [
             Assignment(
                 clients=clients[versions == v],
@@ -160,7 +220,7 @@ class FedBuff(FedAvg):
     def fold(self, round_id: int, model_id: int, total: ModelSum) -> None:
         """Add the sum of one version's clients, discounted by its age."""
         age = round_id - (model_id - 1)
-        part = total.delta / np.sqrt(1.0 + age)
+        part = discounted(total.delta, age)
         self._sum = part if self._sum is None else self._sum + part
         self.staleness.append(age)
 
@@ -169,40 +229,37 @@ class FedBuff(FedAvg):
         current = self._history[self._version]
         if self._sum is not None:
             current = self.server.step(current, self._sum / self.clients_per_round)
-        assert self._next is not None
-        self._clock, self._next, self._sum = self._next, None, None
+        needed = self._arrivals.commit()
+        self._sum = None
         self._values = current
         self._version += 1
-        needed = {version for _, _, _, version in self._clock.flying}
         self._history = {v: w for v, w in self._history.items() if v in needed}
         self._history[self._version] = current
-        self.staleness = self.staleness[-1000:]
+        self.staleness = self.staleness[-KEEP_STALENESS:]
 
     def state(self) -> StateArrays:
         """FedAvg's state, the clients in flight, and the versions that they started from."""
-        flying = sorted(self._clock.flying)
         return {
             **super().state(),
-            "async.arrivals": np.array([row[0] for row in flying], dtype=np.float64),
-            "async.flying": np.array([row[1:] for row in flying], dtype=np.int64).reshape(-1, 3),
-            "async.clock": np.array([self._clock.started, self._clock.now_s], dtype=np.float64),
+            **self._arrivals.state(),
             "async.versions": np.array(list(self._history), dtype=np.int64),
             "async.weights": np.stack(list(self._history.values())),
         }
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Restore :meth:`state`."""
-        if "async.flying" not in state:
-            raise ConfigError("state", sorted(state), "a state of FedBuff")
+        self._arrivals.load(state)
         super().load(state)
-        started, now_s = state["async.clock"].tolist()
-        rows = zip(state["async.arrivals"].tolist(), state["async.flying"].tolist())
-        flying = [(arrival, *map(int, row)) for arrival, row in rows]
-        self._clock = _Clock(flying, int(started), float(now_s))
         versions = state["async.versions"].tolist()
         self._history = {
             int(v): np.array(w, dtype=np.float32) for v, w in zip(versions, state["async.weights"])
         }
+
+
+def discounted(delta: npt.NDArray[np.float64], age: int) -> npt.NDArray[np.float64]:
+    """An update that is ``age`` versions old, as much as it counts."""
+    part: npt.NDArray[np.float64] = delta / np.sqrt(1.0 + age)
+    return part
 
 
 def _ids(clients: list[int]) -> IntArray:

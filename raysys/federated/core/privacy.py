@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -102,10 +102,23 @@ class Guarantee:
     statement: str
 
 
+@runtime_checkable
+class GivesGuarantee(Protocol):
+    """A strategy that may be private."""
+
+    def guarantee(self) -> Guarantee | None:
+        """What the rounds so far have spent; None without privacy."""
+        ...
+
+
 class PrivateAvg(FedAvg):
     """FedAvg under a privacy mechanism; any server optimiser on top, since it only sees D.
 
     Clients count alike: weights by samples would need a bound on them.
+
+    In an ensemble a client's update goes to one of K models, chosen by its own past alone. All K
+    sums together are then one vector that a client moves by at most C, with noise on every part:
+    the guarantee is that of one model, whatever K. ``lines`` is K: a model expects 1/K of a round.
     """
 
     def __init__(
@@ -119,6 +132,8 @@ class PrivateAvg(FedAvg):
         super().__init__(spec, local, clients_per_round, server, "uniform")
         self.privacy = privacy
         self._feedback = FeedbackSpec(weighting="uniform")
+        self.lines = 1
+        self._member = 0
         self._population = 0
         self._seed = 0
         self._multiplier = 0.0
@@ -137,6 +152,7 @@ class PrivateAvg(FedAvg):
                 "population.availability", "intervals", "none with central privacy",
                 "Whoever is reachable would join more often than the guarantee assumes",
             )  # fmt: skip
+        self._member = facts.member
         self._population = facts.population.n_clients
         self._seed = facts.seed if self.privacy.noise_seed is None else self.privacy.noise_seed
         self._multiplier = self.privacy.multiplier(self.sampling)
@@ -151,17 +167,26 @@ class PrivateAvg(FedAvg):
         return [Demand(clients=int(rng.binomial(self._population, self.sampling)))]
 
     def close(self, round_id: int, report: RoundReport) -> None:
-        """Noise on the sum, then the server step; a round without clients is noise alone."""
+        """Noise on the sum, then the server step.
+
+        Central: the number of clients stays hidden, so a round without any is noise alone. Local:
+        the server sees who answers and divides by their number.
+        """
         folded, self._folded = self._folded, None
         table = report.table
         np.add.at(self._took_part, table.clients[table.ok], 1)
         weights = self.weights(0)
-        total = np.zeros(len(weights)) if folded is None else folded.delta
         if self.privacy.mode == "central":
-            rng = generator(self._seed, Purpose.PRIVACY, round_id)
+            # Members of an ensemble need noise of their own: a shared one would cancel.
+            stream = 2**62 + self._member if self._member else 0
+            rng = generator(self._seed, Purpose.PRIVACY, round_id, stream)
             deviation = self._multiplier * self.privacy.clip_norm
-            total = total + deviation * rng.standard_normal(len(weights))
-        self._values = self.server.step(weights, total / self.clients_per_round)
+            total = deviation * rng.standard_normal(len(weights))
+            total += 0.0 if folded is None else folded.delta
+            mean = total / (self.clients_per_round / self.lines)
+            self._values = self.server.step(weights, mean)
+        elif folded is not None and folded.weight > 0:
+            self._values = self.server.step(weights, folded.mean())
         self._version += 1
 
     def guarantee(self) -> Guarantee:

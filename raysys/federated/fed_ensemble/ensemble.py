@@ -23,6 +23,7 @@ from raysys.federated.core.fedavg import FedAvg
 from raysys.federated.core.local import LocalConfig
 from raysys.federated.core.messages import FeedbackSpec, IntArray
 from raysys.federated.core.model import FlatWeights, ModelSpec, layout_of
+from raysys.federated.core.privacy import Guarantee, PrivateAvg
 from raysys.federated.core.randomness import Purpose, generator
 from raysys.federated.core.strategy import Assignment, Demand, JobFacts, RoundReport, StateArrays
 from raysys.federated.fed_ensemble.schedule import PermutationSchedule
@@ -75,6 +76,11 @@ class FedEnsemble:
         self.config = config
         self.clients_per_round = clients_per_round
         self.lines = [make_inner() for _ in range(config.k)]
+        self._private = [line for line in self.lines if isinstance(line, PrivateAvg)]
+        for line in self._private:
+            line.lines = config.k
+        self._central = any(line.privacy.mode == "central" for line in self._private)
+        self._check_private()
         self.spec: ModelSpec = self.lines[0].spec
         self.replaced: list[tuple[int, int]] = []
         self._schedule: PermutationSchedule | None = None
@@ -103,7 +109,9 @@ class FedEnsemble:
             for line in self.lines[1:]:
                 line.reset(np.concatenate([trunk, line.weights(0)[self._trunk :]]))
         n = facts.population.n_clients
-        self._schedule = PermutationSchedule(self.config.k, n, facts.seed, self.config.strata)
+        self._schedule = PermutationSchedule(
+            self.config.k, n, facts.seed, self.config.strata, self._may_balance
+        )
         rows = self.config.strata if isinstance(self.config.strata, int) else n
         self._coverage = np.zeros((rows, self.config.k), dtype=np.int64)
 
@@ -116,6 +124,8 @@ class FedEnsemble:
         self._placed.clear()
         self._counts = np.zeros(self.config.k, dtype=np.int64)
         self._mend(round_id)
+        if self._private:
+            return self.lines[0].demand(round_id)
         return [Demand(clients=self.clients_per_round)]
 
     def next_model(self, client: int, round_id: int = 0) -> int:
@@ -206,6 +216,10 @@ class FedEnsemble:
         """All members with equal weights; see :mod:`prediction` for personal ones."""
         return [(member, 1.0 / self.config.k) for member in range(self.config.k)]
 
+    def guarantee(self) -> Guarantee | None:
+        """What all models together have spent of their clients' privacy; None without any."""
+        return self._private[0].guarantee() if self._private else None
+
     def diversity(self) -> float:
         """Mean distance between members' weights over their mean norm."""
         stacked = self.stacked().astype(np.float64)
@@ -258,6 +272,23 @@ class FedEnsemble:
             line.load(_strip(state, f"line{k}."))
         self.schedule.load(_strip(state, "schedule."))
         self._coverage = np.array(state["coverage"], dtype=np.int64)
+
+    @property
+    def _may_balance(self) -> bool:
+        """Whether a client's model may depend on who else takes part."""
+        return not self._central
+
+    def _check_private(self) -> None:
+        """Refuse what would tell more than the noisy sums do."""
+        for name, value, allowed in (
+            ("warm_rounds", self.config.warm_rounds, 0),
+            ("share", self.config.share, "none"),
+        ):
+            if self._central and value != allowed:
+                raise ConfigError(
+                    f"ensemble.{name}", value, f"{allowed!r} with central privacy",
+                    "A model's step would depend on how many clients trained another",
+                )  # fmt: skip
 
     @property
     def _trunk(self) -> int:

@@ -28,12 +28,22 @@ class PermutationSchedule:
         k: number of models. n_clients: size of the population. seed: of the permutations.
         strata: "client" (each client is a stratum of its own), a number of groups into which
             clients are hashed, or "random" (no schedule).
+        balance: whether arrivals of a round may be moved to thin models. Off where a client's
+            model may depend on its own past only: under central privacy, and where it starts long
+            before it arrives.
 
     Raises:
         ConfigError: fewer than one model or stratum, or more models than clients.
     """
 
-    def __init__(self, k: int, n_clients: int, seed: int, strata: str | int = "client") -> None:
+    def __init__(
+        self,
+        k: int,
+        n_clients: int,
+        seed: int,
+        strata: str | int = "client",
+        balance: bool = True,
+    ) -> None:
         if not 1 <= k <= n_clients:
             raise ConfigError("k", k, f"1 to the population of {n_clients}")
         good = strata in ("client", "random") or (isinstance(strata, int) and strata >= 1)
@@ -42,6 +52,7 @@ class PermutationSchedule:
         self.k = k
         self.strata = strata
         self._seed = seed
+        self._balances = balance and k > 1
         self._counter = np.zeros(n_clients, dtype=np.int64)
         self._swapped: dict[int, tuple[int, IntArray]] = {}
         self._starved = np.zeros(k, dtype=np.int64)
@@ -98,7 +109,7 @@ class PermutationSchedule:
         places, orders = self._orders(clients)
         models = orders[np.arange(len(clients)), places]
         counts += np.bincount(models, minlength=self.k)
-        if counts.max() > 2 * counts.min() and self.k > 1:
+        if self._balances and counts.max() > 2 * counts.min():
             self._balance(clients, models, counts, places, orders)
         return models
 
