@@ -45,6 +45,13 @@ class Profiles:
             return None
         return dict(held["profile"])
 
+    def remember(self, key: str, profile: dict[str, Any]) -> None:
+        """Keep a profile that this device measured."""
+        held = {**self.device.state.profiles}
+        held.pop(key, None)
+        held[key] = {"at_s": self.device.clock(), "profile": profile}
+        self.device.state.profiles = dict(list(held.items())[-KEPT:])
+
     async def ask(self, work: Work, key: str) -> dict[str, Any] | None:
         """What devices of this kind agree upon; nothing when the server has none, or nonsense."""
         try:
@@ -64,9 +71,7 @@ class Profiles:
         """Remember a fresh profile and share it; report a shared one that did not hold."""
         if not profile["choices"]:
             return
-        held = {**self.device.state.profiles, key: {"at_s": self.device.clock()}}
-        held[key]["profile"] = profile
-        self.device.state.profiles = dict(list(held.items())[-KEPT:])
+        self.remember(key, profile)
         try:
             async with self.device.edge(work.endpoint) as client:
                 if verified is False:

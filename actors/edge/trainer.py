@@ -95,12 +95,14 @@ def train_plan(
     engine: Swan | None = None,
     folder: Path | None = None,
     stopped: Any = None,
+    progress: Progress | None = None,
 ) -> LocalResult:
     """Train; with an engine the steps run under Swan, with a folder they survive a kill.
 
     Args:
         samples: the device's own, all of them.
         stopped: a ``threading.Event``; when set, training stops at the next step.
+        progress: filled as it goes, for whoever watches from another thread.
 
     Raises:
         ConfigError: the loss is not finite, or the samples do not fit the model.
@@ -109,7 +111,7 @@ def train_plan(
     module = load_flat(_build(plan), weights).train()
     parameters = list(module.parameters())
     optimizer = LocalSgd(parameters, plan.local)
-    progress = Progress()
+    progress = progress or Progress()
     batches = own_batches(plan, len(samples.targets))
     if engine is None:
         _loop(plan, module, optimizer, samples, batches, progress, None, stopped)
@@ -117,6 +119,8 @@ def train_plan(
         with engine.training(
             optimizer=optimizer, folder=folder, model=module, progress=progress
         ) as task:
+            if stopped is not None:
+                task.stopped = stopped.is_set
             _loop(plan, module, optimizer, samples, batches, progress, task, stopped)
     delta = flatten(module) - weights
     return LocalResult(_clipped(delta, plan.clip_norm), _facts(progress, samples, engine))

@@ -215,24 +215,24 @@ class Swan:
             # Whatever moved did so between two steps; only the watcher cuts into the next one.
             self._mixed = False
 
-    def hold(self, on_pause: Callable[[], None]) -> None:
-        """Block while paused; ``on_pause`` runs first, to save the task."""
+    def hold(self, on_pause: Callable[[], None], stopped: Callable[[], bool] = bool) -> None:
+        """Block while paused, unless ``stopped``; ``on_pause`` runs first, to save the task."""
         with self._wake:
             if not self._paused():
                 return
         on_pause()
         with self._wake:
-            while self._paused() and not self._stop.is_set():
+            while self._paused() and not (self._stop.is_set() or stopped()):
                 self._wake.wait(self.config.sample_s)
         self._set_threads()
 
-    def between(self) -> None:
+    def between(self, stopped: Callable[[], bool] = bool) -> None:
         """Between two micro-batches: carry moves out in full, and wait while paused.
 
         Nothing is saved here: gradients of half a step are not part of a checkpoint.
         """
         began_s = self._clock()
-        self.hold(lambda: None)
+        self.hold(lambda: None, stopped)
         with self._guard:
             self._mixed |= self._clock() - began_s > self.config.sample_s
             self._set_threads()
@@ -282,6 +282,7 @@ class Swan:
                 "energy_source": self._meter.source,
                 "notes": list(self.topology.notes),
                 "engine_moves": self.moves,
+                "paused": self._paused(),
             }
 
     def typical_step(self) -> tuple[float, float]:

@@ -22,6 +22,7 @@ class TrainingTask:
     Attributes:
         steps: steps finished, those before a resume included.
         resumed: whether a checkpoint was found.
+        stopped: asked while paused; when it says so, the loop goes on, and should end.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class TrainingTask:
     ) -> None:
         self.steps = 0
         self.resumed = False
+        self.stopped: Callable[[], bool] = bool
         self._engine, self._parts, self._store = engine, parts, store
         self._checkpoint_s, self._clock = checkpoint_s, clock
         self._began_s = self._saved_s = clock()
@@ -69,7 +71,7 @@ class TrainingTask:
             self.save()
             self._began_s = self._clock()
         before_s = self._clock()
-        self._engine.hold(self.save)
+        self._engine.hold(self.save, self.stopped)
         if self._clock() - before_s > 0.001:
             self._began_s = self._clock()
             self._run, self._size = 0, 0.0
@@ -109,7 +111,7 @@ class TrainingTask:
         parts = min(policy.parts, samples) if policy.strict else 1
         for part in range(parts):
             if part:
-                self._engine.between()
+                self._engine.between(self.stopped)
             yield slice(part * samples // parts, (part + 1) * samples // parts)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:

@@ -25,6 +25,7 @@ ROLE_OF_SERVICE = {
     "/raysys.venn.v1.JobPlane/": "job",
     "/raysys.venn.v1.PlanFeed/": "gateway",
     "/raysys.edge.v1.EdgePlane/": "device",
+    "/raysys.swan.v1.SwanDevice/": "job",
 }
 _HEADER = "authorization"
 

@@ -1,1 +1,1 @@
-"""Programs of the edge: join, simulate, serve, certificates."""
+"""Programs of the edge: join, simulate, serve, listen, certificates."""

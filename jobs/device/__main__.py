@@ -1,8 +1,9 @@
-"""Train on this device for federated jobs that Venn grants (join, simulate, serve, certificates).
+"""Train on this device, for federated jobs that Venn grants or for whoever may steer it.
 
 raysys device join --server HOST:PORT             this device takes part until Ctrl-C
 raysys device simulate --server HOST:PORT --count N   many modelled devices
 raysys device serve [--set rounds=50]             plans, models and updates of a federated job
+raysys device listen                              train what others send (service SwanDevice)
 raysys device certificates --set folder=DIR       an authority and certificates for mutual TLS
 """
 
@@ -12,13 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from jobs.commands import run_command
-from jobs.device import certificates, join, serve, simulate
+from jobs.device import certificates, join, listen, serve, simulate
 from jobs.launcher import Job
 
 COMMANDS: dict[str, Job[Any]] = {
     "join": join.JOB,
     "simulate": simulate.JOB,
     "serve": serve.JOB,
+    "listen": listen.JOB,
     "certificates": certificates.JOB,
 }
 
