@@ -6,10 +6,12 @@ A private cluster is never one that happens to run on the machine: its address i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import secrets
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +22,7 @@ from raysys.errors import CapabilityError, ConfigError, RemoteError
 
 PROBE_TIMEOUT_S = 5.0
 NAMESPACE_PREFIX = "raysys"
+LOOPBACK = "127.0.0.1"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,21 +153,47 @@ def _start_private(config: SessionConfig, namespace: str) -> None:
     temp = machine.temp_dir()
     options: dict[str, Any] = {"_temp_dir": str(temp)} if temp else {}
     try:
-        ray.init(
-            address="local",
-            namespace=namespace,
-            num_cpus=config.num_cpus,
-            object_store_memory=config.object_store_mb * 2**20,
-            include_dashboard=config.dashboard,
-            dashboard_host="127.0.0.1",
-            logging_level="error",
-            log_to_driver=False,
-            **options,
-        )
+        with _loopback_only():
+            ray.init(
+                address="local",
+                namespace=namespace,
+                num_cpus=config.num_cpus,
+                object_store_memory=config.object_store_mb * 2**20,
+                include_dashboard=config.dashboard,
+                dashboard_host=LOOPBACK,
+                _node_ip_address=LOOPBACK,
+                logging_level="error",
+                log_to_driver=False,
+                **options,
+            )
     except (RuntimeError, OSError, ValueError) as error:
         raise CapabilityError(
             "a private Ray", str(error).split("\n", 1)[0], "See `raysys doctor`"
         ) from error
+
+
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Let a Ray that starts inside the block listen on loopback alone.
+
+    On macOS and Windows Ray does so by itself; on Linux it listens on every interface and turns
+    a loopback node address into the machine's own, unless this switch is off. This process read it
+    when it imported Ray, and the processes that Ray starts read it from their environment.
+    """
+    from ray._private import ray_constants
+
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    value, variable = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(name)
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = value
+        if variable is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = variable
 
 
 def _connect(address: str, namespace: str) -> None:

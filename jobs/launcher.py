@@ -23,7 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from actors.metrics import MetricsRecorder, ray_gauge
 from actors.session import Session, SessionConfig
 from raysys import machine
-from raysys.config import config_to_dict, load_config
+from raysys.config import load_config
+from raysys.credentials import concealed
 from raysys.errors import ConfigError, InterruptedRunError, RaysysError
 from raysys.runs import RunDirectory
 from raysys.runs.manifest import Status
@@ -174,7 +175,7 @@ def _open_run(
     seed = getattr(config, "seed", None)
     seeds = [seed] if isinstance(seed, int) else []
     run = RunDirectory.create(
-        uri, job=job.name, config=config_to_dict(config), seeds=seeds, now=now_iso()
+        uri, job=job.name, config=concealed(config), seeds=seeds, now=now_iso()
     )
     return run, config, False
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from actors.federated.endpoint import EnsembleEndpoint
+from actors.listeners import TlsConfig, base_url, http_options
 from actors.serving.endpoint import check_port
 from jobs.federate import MODEL_FACTS, MODEL_FILE, FederateConfig
 from jobs.launcher import Job, JobContext, Summary, main
@@ -34,7 +35,7 @@ class PredictConfig:
     Args:
         run: run directory of ``raysys federate``, a path or a URI.
         model: name of a family's member in ``model.json``; empty takes the largest.
-        host, port: where to listen. replicas: copies of the model.
+        host, port: where to listen. tls: needed beyond loopback. replicas: copies of the model.
         temperature: of the prediction; None takes the one that training fitted.
     """
 
@@ -42,6 +43,7 @@ class PredictConfig:
     model: str = ""
     host: str = "127.0.0.1"
     port: int = 8001
+    tls: TlsConfig = dataclasses.field(default_factory=TlsConfig)
     replicas: int = 1
     temperature: float | None = None
 
@@ -94,16 +96,17 @@ def _spec(trained: FederateConfig, facts: dict[str, Any]) -> ModelSpec:
 
 def run(config: PredictConfig, context: JobContext) -> Summary:
     """Serve until interrupted."""
+    options = http_options(config.host, config.port, config.tls)
     check_port(config.host, config.port)
     arguments = load_endpoint(config)
     context.ray(num_cpus=max(2, config.replicas))
     from ray import serve
 
-    serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
+    serve.start(proxy_location="HeadOnly", http_options=options)
     try:
         deployment = serve.deployment(EnsembleEndpoint).options(num_replicas=config.replicas)
         serve.run(deployment.bind(*arguments), name=APPLICATION, route_prefix="/")
-        url = f"http://{config.host}:{config.port}"
+        url = base_url(config.host, config.port, config.tls)
         members = len(arguments[1])
         context.console.print(f"{members} models at {url}/predict (Ctrl-C ends it)")
         context.metrics.event("ready", url=url)

@@ -22,6 +22,7 @@ from actors.edge.errand import DONE, Errand
 from actors.edge.state import Work
 from actors.swan.sensors import read_battery, read_celsius
 from actors.swan.speed import cpu_score, sample_ms
+from raysys.credentials import revealed
 from raysys.errors import ConfigError, RemoteError
 from raysys.federated.swan.energy import EnergyLoan
 from raysys.federated.swan.plans import PlanRefusedError
@@ -140,9 +141,11 @@ class DeviceAgent:
         }
         facts["samples"] = len(self.samples.targets)
 
+        code = revealed(self.device.config.code, "code")
+
         async def ask() -> Any:
             async with self.device.edge(self.device.config.server, with_token=False) as client:
-                return await client.enrol(self.device.config.code, json.dumps(facts))
+                return await client.enrol(code, json.dumps(facts))
 
         ticket = await self.device.patiently("enrolment", ask, None)
         if len(ticket.attributes) > 64 or len(ticket.gateways) > 1024 or len(ticket.token) > 8192:

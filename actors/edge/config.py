@@ -8,6 +8,7 @@ from pathlib import Path
 from actors.swan.engine import EngineConfig
 from actors.venn.security import SecurityConfig
 from raysys.config import check, check_choice, check_range
+from raysys.credentials import SECRET
 from raysys.errors import ConfigError
 from raysys.federated.core.datasets import FederatedData, as_samples, load_digits_data
 from raysys.federated.core.own_data import load_npz_data
@@ -71,7 +72,7 @@ class EdgeDeviceConfig:
 
     Args:
         server: host:port of the edge plane, for enrolment.
-        code: enrolment code. state: folder of this device alone.
+        code: enrolment code, or ``file:PATH``. state: folder of this device alone.
         gateways: Venn gateways to use instead of those that the server names.
         attributes: values of the columns of a check-in that are not measured (``cpu`` is).
         hosts: hosts that may serve plans and take updates; the server's own always may.
@@ -83,7 +84,7 @@ class EdgeDeviceConfig:
     """
 
     server: str = "127.0.0.1:7710"
-    code: str = ""
+    code: str = field(default="", repr=False, metadata=SECRET)
     state: str = "runs/device"
     gateways: tuple[str, ...] = ()
     attributes: dict[str, float] = field(default_factory=lambda: {"mem": 4000.0, "os": 12.0})

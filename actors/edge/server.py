@@ -24,6 +24,7 @@ from actors.venn.security import (
 )
 from actors.venn.status import code_of, typed, typed_stream
 from raysys.config import check_range
+from raysys.credentials import SECRET, revealed
 from raysys.errors import ConfigError, DataError, InfeasibleError, RaysysError
 from raysys.federated.core.tickets import LeaseClaim
 from raysys.federated.swan.plans import PlanLimits, plan_to_json
@@ -39,14 +40,15 @@ class EdgeServerConfig:
     """The service.
 
     Args:
-        code: enrolment code. folder: where enrolled devices are kept; empty for memory only.
+        code: enrolment code, or ``file:PATH``.
+        folder: where enrolled devices are kept; empty for memory only.
         gateways: addresses told to devices. attributes: columns of a check-in, in Venn's order.
         partial_uploads: unfinished uploads held for a resume, oldest dropped first.
         tickets: leases must carry the ticket that their gateway signed. It takes effect where
             there is a token secret; turn it off for gateways that have another secret.
     """
 
-    code: str = ""
+    code: str = field(default="", repr=False, metadata=SECRET)
     folder: str = ""
     gateways: tuple[str, ...] = ()
     schema_version: int = 1
@@ -81,7 +83,10 @@ class EdgeServer(rpc.EdgePlaneServicer, rpc.EnrolmentServicer):  # type: ignore[
         self._authority = _authority(config.security)
         self._seal = lease_seal(config.security) if config.tickets else None
         self.registry = Registry(
-            config.code, clients, authority=self._authority, folder=config.folder
+            revealed(config.code, "server.code"),
+            clients,
+            authority=self._authority,
+            folder=config.folder,
         )
         self._partial: dict[LeaseKey, bytearray] = {}
         self._server: Any = None

@@ -22,6 +22,7 @@ from actors.edge.trainer import train_plan
 from actors.venn.client import Assignments, DeviceClient
 from actors.venn.security import SecurityConfig
 from raysys.config import check, check_choice, check_range
+from raysys.credentials import SECRET, revealed
 from raysys.errors import RaysysError
 from raysys.federated.core.training import Samples
 from raysys.federated.swan.fleet import FleetDevice, draw_fleet
@@ -40,7 +41,8 @@ class SimulateConfig:
     """A simulated fleet.
 
     Args:
-        server: host:port of the edge plane. code: enrolment code.
+        server: host:port of the edge plane. code: enrolment code,
+            or ``file:PATH``.
         count: number of devices. duration_s: stop after so long; 0 for no such limit.
         updates: updates of the fleet after which it stops; 0 for no such limit.
         workload, beta: what the SoC model takes the training for. policy: "swan" or "greedy".
@@ -50,7 +52,7 @@ class SimulateConfig:
     """
 
     server: str = "127.0.0.1:7710"
-    code: str = ""
+    code: str = field(default="", repr=False, metadata=SECRET)
     count: int = 1000
     duration_s: float = 30.0
     updates: int = 0
@@ -152,7 +154,8 @@ class SimulatedFleet:
         async with self._slots:
             sample_ms = 1000.0 * self.devices[device].step_s
             text = f'{{"client": {device}, "sample_ms": {sample_ms:.3f}}}'
-            ticket = await client.enrol_as(self._ids[device], self.config.code, text)
+            code = revealed(self.config.code, "code")
+            ticket = await client.enrol_as(self._ids[device], code, text)
         self._tokens[device] = ticket.token
         self._gateways = list(ticket.gateways)
         self._attributes, self._schema = list(ticket.attributes), ticket.schema_version

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from actors.andes.engine_settings import AndesEngineConfig
+from actors.listeners import TlsConfig, base_url
 from actors.serving import packaged_model
 from actors.serving.admission import AdmissionConfig
 from raysys import machine
@@ -125,6 +126,7 @@ class ServingConfig:
     Args:
         host: address to listen on; loopback unless you decide otherwise.
         port: TCP port.
+        tls: certificates, without which it does not listen beyond loopback.
         replicas: engines behind the endpoint.
         max_waiting: requests that may wait for a replica before the endpoint answers 503.
         start_timeout_s: how long the engines may take to start.
@@ -138,6 +140,7 @@ class ServingConfig:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    tls: TlsConfig = field(default_factory=TlsConfig)
     replicas: int = 1
     max_waiting: int = 512
     start_timeout_s: float = 600.0
@@ -174,5 +177,4 @@ class ServingConfig:
     @property
     def url(self) -> str:
         """Base address for OpenAI clients."""
-        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
-        return f"http://{host}:{self.port}/v1"
+        return f"{base_url(self.host, self.port, self.tls)}/v1"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from actors.listeners import http_options
 from actors.serving.application import build_application
 from actors.serving.config import ServingConfig
 from raysys.errors import ConfigError, RemoteError
@@ -58,12 +59,13 @@ class Endpoint:
             report: told what is being waited for.
 
         Raises:
-            ConfigError: the port is taken.
+            ConfigError: the port is taken, or plain HTTP beyond loopback that nobody asked for.
             CapabilityError: vLLM is not installed.
             StorageError, DataError: the model is missing or damaged.
             RemoteError: an engine did not come up, or not in time.
         """
         tell = report or (lambda text: None)
+        options = http_options(config.host, config.port, config.tls)
         check_port(config.host, config.port)
         tell("checking the model")
         quiet_logs()
@@ -71,9 +73,7 @@ class Endpoint:
         from ray import serve
 
         tell("starting the engine")
-        serve.start(
-            proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port}
-        )
+        serve.start(proxy_location="HeadOnly", http_options=options)
         endpoint = cls(config)
         try:
             _deploy(application)

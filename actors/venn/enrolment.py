@@ -21,8 +21,13 @@ import numpy.typing as npt
 
 from actors.venn.client import DeviceClient
 from actors.venn.load import ATOM_SHARES, ATOM_VALUES
-from actors.venn.security import SecurityConfig
-from raysys.errors import RemoteError
+from actors.venn.security import (
+    SecurityConfig,
+    calling_context,
+    check_address,
+    listening_context,
+)
+from raysys.errors import ConfigError, RemoteError
 from raysys.federated.core.population import Population
 from raysys.federated.venn.gateway import FAILED
 
@@ -70,6 +75,8 @@ class Fleet:
         security: SecurityConfig | None = None,
     ) -> None:
         self.refused = 0
+        self._security = security or SecurityConfig()
+        self._calling = calling_context(self._security)
         self._name = name
         self._clients = {address: DeviceClient(address, security) for address in gateways}
         self._addresses = list(gateways)
@@ -84,8 +91,16 @@ class Fleet:
         self.endpoint = ""
 
     async def start(self, host: str) -> str:
-        """Open the door; returns its endpoint."""
-        self._server = await asyncio.start_server(self._receive, host, 0, limit=_LINE_BYTES)
+        """Open the door; returns its endpoint.
+
+        Raises:
+            ConfigError: plain text beyond loopback that nobody asked for.
+        """
+        context = listening_context(self._security)
+        check_address(f"{host}:0", self._security, context is not None)
+        self._server = await asyncio.start_server(
+            self._receive, host, 0, limit=_LINE_BYTES, ssl=context
+        )
         port = self._server.sockets[0].getsockname()[1]
         self.endpoint = f"{host}:{port}/{self._secret}"
         return self.endpoint
@@ -149,14 +164,15 @@ class Fleet:
         place, _, secret = endpoint.partition("/")
         host, _, port = place.rpartition(":")
         try:
+            check_address(place, self._security, self._calling is not None)
             async with asyncio.timeout(_DOOR_TIMEOUT_S):
-                _, writer = await asyncio.open_connection(host, int(port))
+                _, writer = await asyncio.open_connection(host, int(port), ssl=self._calling)
                 lines = [secret, *(json.dumps(asdict(item)) for item in devices)]
                 writer.write("".join(f"{line}\n" for line in lines).encode())
                 await writer.drain()
                 writer.close()
                 await writer.wait_closed()
-        except (OSError, ValueError, TimeoutError):
+        except (OSError, ValueError, TimeoutError, ConfigError):
             await self.release(devices, FAILED)
 
     async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

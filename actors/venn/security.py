@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import json
 import secrets
+import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 
 import grpc
 
+from actors.listeners import check_exposure, host_of
 from actors.venn.status import DecodeInterceptor
 from raysys.config import check
+from raysys.credentials import SECRET, revealed
 from raysys.errors import ConfigError, StorageError
 from raysys.federated.core.tickets import LeaseSeal
 
@@ -40,7 +43,8 @@ class SecurityConfig:
         mutual: callers must show a certificate.
         token_secret: file with at least 32 bytes; when given, every call needs a token.
         revoked: file with one revoked token id per line; read again when it changes.
-        token: what this process itself sends.
+        token: what this process itself sends, or ``file:PATH``.
+        plaintext: allow connections beyond loopback without TLS.
     """
 
     certificate: str = ""
@@ -49,7 +53,8 @@ class SecurityConfig:
     mutual: bool = False
     token_secret: str = ""
     revoked: str = ""
-    token: str = ""
+    token: str = field(default="", repr=False, metadata=SECRET)
+    plaintext: bool = False
 
     def __post_init__(self) -> None:
         both = bool(self.certificate) == bool(self.key)
@@ -158,7 +163,9 @@ def server_port(server: Any, address: str, config: SecurityConfig) -> int:
 
     Raises:
         StorageError: a certificate file cannot be read.
+        ConfigError: plain text beyond loopback that nobody asked for.
     """
+    check_address(address, config, bool(config.certificate))
     if not config.certificate:
         return int(server.add_insecure_port(address))
     roots = _file(config.authority) if config.mutual else None
@@ -186,7 +193,12 @@ def lease_seal(config: SecurityConfig) -> LeaseSeal | None:
 
 
 def channel(address: str, config: SecurityConfig, limit_bytes: int = 64 * 2**20) -> Any:
-    """An asyncio channel that reconnects quickly."""
+    """An asyncio channel that reconnects quickly.
+
+    Raises:
+        ConfigError: plain text to another host that nobody asked for.
+    """
+    check_address(address, config, bool(config.authority))
     options = [
         ("grpc.initial_reconnect_backoff_ms", 50),
         ("grpc.min_reconnect_backoff_ms", 50),
@@ -203,9 +215,54 @@ def channel(address: str, config: SecurityConfig, limit_bytes: int = 64 * 2**20)
     return grpc.aio.secure_channel(address, credentials, options)
 
 
+def listening_context(config: SecurityConfig) -> ssl.SSLContext | None:
+    """TLS of a listener that is not gRPC; None without a certificate.
+
+    Raises:
+        StorageError: a certificate file cannot be read.
+    """
+    if not config.certificate:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    _load(context, config)
+    if config.mutual:
+        context.load_verify_locations(cadata=_file(config.authority).decode())
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def calling_context(config: SecurityConfig) -> ssl.SSLContext | None:
+    """TLS of a caller to such a listener; None without an authority to check it against.
+
+    Raises:
+        StorageError: a certificate file cannot be read.
+    """
+    if not config.authority:
+        return None
+    context = ssl.create_default_context(cadata=_file(config.authority).decode())
+    if config.certificate:
+        _load(context, config)
+    return context
+
+
+def check_address(address: str, config: SecurityConfig, encrypted: bool) -> None:
+    """Refuse plain text beyond loopback, unless it was asked for.
+
+    Raises:
+        ConfigError: see above.
+    """
+    plaintext = config.plaintext
+    check_exposure(host_of(address), encrypted=encrypted, plaintext=plaintext, section="security")
+
+
 def metadata(config: SecurityConfig) -> tuple[tuple[str, str], ...]:
-    """Call metadata that proves who we are."""
-    return ((_HEADER, f"Bearer {config.token}"),) if config.token else ()
+    """Call metadata that proves who we are.
+
+    Raises:
+        StorageError: the token's file cannot be read. ConfigError: a manifest's hidden token.
+    """
+    token = revealed(config.token, "security.token")
+    return ((_HEADER, f"Bearer {token}"),) if token else ()
 
 
 def _refusal(handler: Any, code: str, reason: str) -> Any:
@@ -234,6 +291,14 @@ def _encode(data: bytes) -> str:
 
 def _decode(text: str) -> bytes:
     return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+
+
+def _load(context: ssl.SSLContext, config: SecurityConfig) -> None:
+    try:
+        context.load_cert_chain(config.certificate, config.key)
+    except (OSError, ssl.SSLError) as error:
+        reason = error.strerror or str(error)
+        raise StorageError(config.certificate, reason, "Check the security section") from error
 
 
 def _file(path: str) -> bytes:

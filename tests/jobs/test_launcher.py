@@ -11,6 +11,7 @@ import pytest
 
 from jobs.launcher import Job, JobContext, Summary, main
 from raysys.config import check_range
+from raysys.credentials import SECRET, revealed
 from raysys.errors import CapabilityError, InfeasibleError, RaysysError, RemoteError, StorageError
 from raysys.runs import RunDirectory
 
@@ -162,3 +163,50 @@ def test_unreachable_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     arguments = ["--run-dir", str(tmp_path / "run"), "--address", "127.0.0.1:9"]
     assert main(job(connect), arguments) == RemoteError.exit_code
     assert "nothing answers at 127.0.0.1:9" in capsys.readouterr().err
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Inner:
+    token: str = dataclasses.field(default="", repr=False, metadata=SECRET)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Guarded:
+    code: str = dataclasses.field(default="", repr=False, metadata=SECRET)
+    inner: Inner = dataclasses.field(default_factory=Inner)
+
+
+def guarded(config: Guarded, context: JobContext) -> Summary:
+    """Use both secrets, and show the configuration as a careless job would."""
+    context.metrics.event("started", config=repr(config))
+    context.run.write_json(
+        "used.json",
+        [len(revealed(config.code, "code")), len(revealed(config.inner.token, "token"))],
+    )
+    return Summary(lines=[str(config)])
+
+
+def test_secrets_are_used_but_not_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Not in the manifest, the tables, the output; a secret from a file survives a resume."""
+    secret, kept = "s3cret-code", "s3cret-token"
+    (tmp_path / "token").write_text(f"{kept}\n")
+    job = Job(name="guarded", config=Guarded, run=guarded, flags=("code",))
+    folder = tmp_path / "run"
+    words = ["--run-dir", str(folder)]
+    given = ["--code", secret, "--set", f"inner.token=file:{tmp_path / 'token'}"]
+    assert main(job, words + given) == 0
+    assert RunDirectory.open(str(folder)).read_json("used.json") == [len(secret), len(kept)]
+    files = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    shown = b"".join([*files, "".join(capfd.readouterr()).encode()])
+    assert secret.encode() not in shown
+    assert kept.encode() not in shown
+    assert main(job, [*words, "--resume"]) == 2
+    assert "code=file:PATH" in capfd.readouterr().err
+
+
+def test_an_unreadable_secret_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="Check code"):
+        revealed(f"file:{tmp_path / 'absent'}", "code")
+    (tmp_path / "odd").write_bytes(b"\xff")
+    with pytest.raises(StorageError, match="Check code"):
+        revealed(f"file:{tmp_path / 'odd'}", "code")
