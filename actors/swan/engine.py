@@ -17,7 +17,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,49 +31,23 @@ from actors.swan.affinity import (
     run_times,
 )
 from actors.swan.checkpoint import CheckpointFolder
-from actors.swan.discovery import PROC, SYS, clock_share, discover, gone
+from actors.swan.config import EngineConfig
+from actors.swan.discovery import clock_share, discover, gone
 from actors.swan.lock import take_lock
 from actors.swan.pressure import PressureReader
-from actors.swan.sensors import choose_meter, read_battery, read_celsius
+from actors.swan.sensors import SleepWatch, choose_meter, read_battery, read_celsius
 from actors.swan.task import TrainingTask
-from raysys.config import check_range
 from raysys.errors import ConfigError, InfeasibleError
 from raysys.federated.swan.choices import Choice
-from raysys.federated.swan.pilot import Change, Pilot, Policy, Step
+from raysys.federated.swan.pilot import Change, Pilot, Step
 from raysys.federated.swan.topology import Topology
 
+__all__ = ["EngineConfig", "Swan"]
+
 ENFORCED_SHARE = 0.8
+REPORT_S = 86_400.0
 MIN_CHECKED_S = 0.2
 SLOW_S = 1.0  # heat, supply and hot-plug change slowly; looking costs more than the rest
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineConfig:
-    """How the engine treats this machine.
-
-    Args:
-        sample_s: time between looks at the owner's demand.
-        checkpoint_s: time between checkpoints, for tasks that have a folder.
-        min_step_s: shorter steps are measured several at a time.
-        nice: nice value of the training's threads, on top of giving way; 0 leaves them alone.
-        lock: file that keeps two engines of one host apart; empty for none.
-        sys_root, proc_root: other roots, for a machine described by files.
-    """
-
-    policy: Policy = field(default_factory=Policy)
-    sample_s: float = 0.25
-    checkpoint_s: float = 60.0
-    min_step_s: float = 0.02
-    nice: int = 10
-    lock: str = ""
-    sys_root: str = str(SYS)
-    proc_root: str = str(PROC)
-
-    def __post_init__(self) -> None:
-        check_range(self, "sample_s", 0, low_open=True)
-        check_range(self, "checkpoint_s", 0, low_open=True)
-        check_range(self, "min_step_s", 0)
-        check_range(self, "nice", 0, 19)
 
 
 class Swan:
@@ -116,6 +89,8 @@ class Swan:
         self._wake = threading.Condition(self._guard)
         self._stop = threading.Event()
         self._asked_to_pause = False
+        self._busy = False
+        self._sleep = SleepWatch()
         self._mixed = True  # the running step has seen a move (or is the first)
         self._looked = run_times(self._proc)
         self._enforced = False
@@ -168,22 +143,21 @@ class Swan:
 
         Raises:
             DataError: the folder's checkpoints are all damaged, or of another task.
+            InfeasibleError: the engine has a task already.
         """
-        named = {**({} if optimizer is None else {"optimizer": optimizer}), **parts}
-        store = None if folder is None else CheckpointFolder(Path(folder))
-        task = TrainingTask(self, named, store, self.config.checkpoint_s, self._clock)
-        task.resume()
-        handle = None
-        if optimizer is not None:
-            handle = optimizer.register_step_post_hook(lambda *_: task.step_end())
+        with self._guard:
+            if self._busy:
+                raise InfeasibleError("a second task", "this engine has one", "Wait for its end")
+            self._busy = self._mixed = True
         try:
-            with self._guard:
-                self._mixed = True
-            yield task
+            named = {**({} if optimizer is None else {"optimizer": optimizer}), **parts}
+            store = None if folder is None else CheckpointFolder(Path(folder))
+            task = TrainingTask(self, named, store, self.config.checkpoint_s, self._clock)
+            task.resume()
+            with task.attached(optimizer):
+                yield task
         finally:
-            if handle is not None:
-                handle.remove()
-            task.save()
+            self._busy = False
 
     def report_divergence(self, loss: float) -> None:
         """The task has diverged: tell it and stop it, never slow it down or hide it.
@@ -200,6 +174,11 @@ class Swan:
         with self._guard:
             now_s = self._clock()
             joules = self._meter.read(self._applied) / steps
+            slept_s = self._sleep.read()
+            if slept_s:
+                # Clocks and counters do not agree on what a step across a sleep has cost.
+                self._note("sleep", f"the device slept for {slept_s:.1f} s")
+                self._mixed = True
             choice = self.pilot.choice
             if not self._mixed and choice is not None:
                 clock = clock_share(choice.cores, self._sys)
@@ -296,6 +275,7 @@ class Swan:
 
     def _watch(self) -> None:
         slow_s, celsius, battery = -math.inf, math.nan, None
+        report_s, paused_s = self._clock() + REPORT_S, 0.0
         while not self._stop.wait(self.config.sample_s):
             demand = self._pressure.look()
             with self._wake:
@@ -307,6 +287,17 @@ class Swan:
                 self._apply(self.pilot.on_sample(now_s, demand, celsius, battery))
                 if not self._paused():
                     self._wake.notify_all()
+                else:
+                    paused_s += self.config.sample_s
+                if now_s >= report_s:
+                    self._report(paused_s)
+                    report_s, paused_s = now_s + REPORT_S, 0.0
+
+    def _report(self, paused_s: float) -> None:
+        """Once a day, above all for a device whose owner never lets it train."""
+        state = self.status()
+        words = f"{state['steps']} steps, {self.moves} moves, paused for {paused_s:.0f} s a day"
+        self._note("report", words, loan_j=state["loan_j"])
 
     def _leave_lost(self) -> None:
         """Go on with what is left when cores were unplugged, or taken from us from outside."""

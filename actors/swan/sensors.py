@@ -6,6 +6,7 @@ Preference: RAPL, fuel gauge, hwmon, and last a model that is labelled as one.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from raysys.federated.swan.topology import Topology
 SKIN_WORDS = ("skin", "batt", "quiet", "shell", "case")
 MODEL_W = {"little": 0.27, "big": 0.69, "prime": 1.08}
 MODEL_BASE_W = 0.7
+LEAST_SLEEP_S = 0.5
 
 
 class Meter(Protocol):
@@ -87,6 +89,34 @@ class ModelMeter:
         now_s = self._clock()
         passed_s, self._at_s = now_s - self._at_s, now_s
         return (MODEL_BASE_W + sum(self._core_w.get(core, 0.69) for core in cores)) * passed_s
+
+
+class SleepWatch:
+    """Seconds that the machine was suspended: one clock goes on in sleep, another stops.
+
+    Args:
+        clocks: both in seconds, for tests.
+    """
+
+    def __init__(
+        self,
+        clocks: Callable[[], tuple[float, float]] = lambda: (
+            time.clock_gettime(time.CLOCK_BOOTTIME),
+            time.clock_gettime(time.CLOCK_MONOTONIC),
+        ),
+    ) -> None:
+        self._clocks = clocks
+        self._ahead_s = self._ahead()
+
+    def read(self) -> float:
+        """Seconds of sleep since the last reading; 0 below what reading two clocks may differ."""
+        before, self._ahead_s = self._ahead_s, self._ahead()
+        slept_s = self._ahead_s - before
+        return slept_s if slept_s > LEAST_SLEEP_S else 0.0
+
+    def _ahead(self) -> float:
+        boot, monotonic = self._clocks()
+        return boot - monotonic
 
 
 def choose_meter(topology: Topology, clock: Callable[[], float], sys_root: Path) -> Meter:

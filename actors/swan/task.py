@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
 
 from actors.swan.checkpoint import CheckpointFolder, random_state, restore_random_state
 from actors.swan.memory import out_of_memory
@@ -42,6 +45,19 @@ class TrainingTask:
         self._saved_step = -1
         self._run = 0
         self._size = 0.0
+
+    @contextlib.contextmanager
+    def attached(self, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+        """Let every step of an optimiser end a step for the block; save at its end."""
+        handle = None
+        if optimizer is not None:
+            handle = optimizer.register_step_post_hook(lambda *_: self.step_end())
+        try:
+            yield
+        finally:
+            if handle is not None:
+                handle.remove()
+            self.save()
 
     def step_end(self, samples: int = 0, loss: float = 0.0) -> None:
         """The step has ended: account for it, make moves, save when due, wait while paused.

@@ -32,6 +32,7 @@ from raysys.errors import ConfigError, DataError, InfeasibleError, RemoteError
 from raysys.federated.core.local import LocalConfig
 from raysys.federated.core.model import Mlp, ModelSpec, initial_weights
 from raysys.federated.swan.plans import PlanRefusedError, pack_weights, plan_to_json
+from raysys.federated.swan.willingness import WillingnessConfig
 
 
 class Hostile(rpc.EdgePlaneServicer):  # type: ignore[misc]
@@ -254,3 +255,21 @@ def test_devices_leave_a_round_to_others_and_wait_longer_in_vain(tmp_path: Path)
     assert 0.5 <= rests[0] <= 2.0
     assert 15.0 <= rests[-1] <= 60.0
     assert fleet._rest_s(0, DONE) == 7.0
+
+
+def test_quiet_hours_keep_a_device_from_checking_in(tmp_path: Path) -> None:
+    wishes = WillingnessConfig(quiet_hours="0-12,12-0")
+    agent = DeviceAgent(device_config(tmp_path, 0, "127.0.0.1:1", willingness=wishes))
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    async def check_in() -> None:
+        raise AssertionError("a device at rest calls nobody")
+
+    agent.device.sleep = sleep  # type: ignore[method-assign]
+    agent._check_in = check_in  # type: ignore[assignment, method-assign]
+    asyncio.run(agent._once())
+    assert agent.device.events[-1]["text"] == "quiet hours"
+    assert 0 < waits[0] <= agent.device.config.idle_s

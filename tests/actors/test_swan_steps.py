@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import pytest
@@ -15,8 +15,11 @@ from torch import nn
 
 from actors.edge.config import SamplesConfig
 from actors.edge.trainer import train_plan
+from actors.swan.affinity import Applied
 from actors.swan.engine import EngineConfig, Swan
 from actors.swan.memory import out_of_memory
+from actors.swan.sensors import SleepWatch
+from actors.swan.task import TrainingTask
 from raysys.errors import ConfigError, InfeasibleError
 from raysys.federated.core.model import initial_weights
 from raysys.federated.swan.choices import Choice
@@ -157,10 +160,10 @@ def test_a_strict_step_moves_and_pauses_between_its_parts(
         assert torch.get_num_threads() == 2
         hold = swan.hold
 
-        def watched(on_pause: Callable[[], None]) -> None:
+        def watched(on_pause: Callable[[], None], stopped: Callable[[], bool]) -> None:
             assert swan._paused()
             held.set()
-            hold(on_pause)
+            hold(on_pause, stopped)
             assert not swan._paused()
 
         monkeypatch.setattr(swan, "hold", watched)
@@ -187,3 +190,92 @@ def test_edge_training_in_parts_learns_the_same() -> None:
         parts = train_plan(plan, weights, samples, engine=engine)
     assert np.allclose(whole.delta, parts.delta, atol=1e-6)
     assert parts.facts["loss_last"] == pytest.approx(whole.facts["loss_last"], abs=1e-5)
+
+
+def test_refused_affinity_is_told_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def refuse(cores: Collection[int], root: object = None) -> Applied:
+        calls.append(tuple(cores))
+        return Applied(0, ((1, "Operation not permitted"),))
+
+    monkeypatch.setattr("actors.swan.engine.apply_affinity", refuse)
+    eight = Topology(clusters=(Cluster(cores=tuple(range(8))),))
+    with Swan(config(), topology=eight) as swan, swan.training() as task:
+        assert len(calls) < 20, "it does not try for ever"
+        assert any("affinity refused" in event["reason"] for event in swan.events)
+        task.step_end()
+        assert task.steps == 1
+        assert len(swan.pilot.profile.usable()) == 1
+
+
+def test_one_task_at_a_time() -> None:
+    with Swan(config(kind="fixed")) as swan:
+        with (
+            swan.training(),
+            pytest.raises(InfeasibleError, match="a second task"),
+            swan.training(),
+        ):
+            pass
+        with swan.training() as task:
+            assert task.steps == 0, "the first has ended"
+
+
+def test_a_step_across_a_sleep_does_not_count() -> None:
+    clocks = iter([(10.0, 5.0), (11.0, 6.0), (100.0, 7.0), (101.0, 8.0)])
+    watch = SleepWatch(lambda: next(clocks))
+    assert [watch.read() for _ in range(3)] == [0.0, 88.0, 0.0]
+    assert SleepWatch().read() == 0.0
+    with Swan(config(kind="greedy")) as swan:
+        swan.step_end(0.1)  # the first has seen the start
+        swan.step_end(0.1)
+        assert swan.pilot.steps == 1
+        sleeps = iter([(0.0, 0.0), (60.0, 0.0), (60.0, 0.0)])
+        swan._sleep = SleepWatch(lambda: next(sleeps))
+        swan.step_end(60.0)
+        assert swan.pilot.steps == 1
+        assert swan.events[-1]["kind"] == "sleep"
+        swan.step_end(0.1)
+        assert swan.pilot.steps == 2
+
+
+def test_a_day_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.swan.engine.REPORT_S", 0.01)
+    told = threading.Event()
+
+    def note(event: dict[str, object]) -> None:
+        if event["kind"] == "report":
+            told.set()
+
+    policy = Policy(kind="fixed")
+    engine = EngineConfig(policy=policy, nice=0, sample_s=0.01)
+    with Swan(engine, on_event=note) as swan:
+        swan.pause()
+        assert told.wait(60)
+        assert any("paused for" in event["reason"] for event in swan.events)
+
+
+def test_short_steps_are_added_up_and_sizes_are_divided_out() -> None:
+    seen: list[tuple[float, int]] = []
+
+    class Engine:
+        config = EngineConfig(min_step_s=1.0)
+
+        def step_end(self, seconds: float, steps: int) -> None:
+            seen.append((seconds, steps))
+
+        def hold(self, *_: object) -> None:
+            return None
+
+    now = {"s": 0.0}
+    task = TrainingTask(Engine(), {}, None, 60.0, lambda: now["s"])  # type: ignore[arg-type]
+    for _ in range(5):
+        now["s"] += 0.25
+        task.step_end()
+    assert seen == [(0.25, 4)], "four steps of a quarter are one measurement"
+    seen.clear()
+    task = TrainingTask(Engine(), {}, None, 60.0, lambda: now["s"])  # type: ignore[arg-type]
+    for tokens in (100, 300):
+        now["s"] += 0.02 * tokens
+        task.step_end(samples=tokens)
+    assert [round(seconds, 9) for seconds, _ in seen] == [0.02, 0.02], "per token"

@@ -176,7 +176,12 @@ class Pilot:
         return self._decide(now_s, level)
 
     def drop(self, choice: Choice, reason: str, now_s: float) -> Change | None:
-        """A choice cannot be used (refused, gone, out of memory): leave it at once."""
+        """A choice cannot be used (refused, gone, out of memory): leave it at once.
+
+        The last one that is left stays, for want of a better: None.
+        """
+        if [other.counts for other in self.profile.usable()] == [choice.counts]:
+            return None
         self.profile.mark_invalid(choice, reason)
         self.explorer.drop(choice)
         if self.choice is not None and self.choice.counts == choice.counts:
