@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from actors.swan.affinity import apply_affinity
+from actors.swan.affinity import apply_affinity, lower_priority, restore_priority
 from actors.swan.engine import EngineConfig, Swan
 from jobs.bench.swan.loads import frames
 from jobs.bench.swan.networks import Training
@@ -24,19 +24,21 @@ from raysys.federated.swan.pilot import Policy
 
 NETWORK = "ResNet"
 ON_S, OFF_S = 3.0, 7.0
-MODES = ("nothing", "greedy", "swan")
+MODES = ("nothing", "greedy", "greedy, nice", "swan")
+NICE = EngineConfig().nice
 
 
 def owner_experience(profile: Profile) -> Claim:
     """Added missed frames in percentage points, Swan and greedy against no training at all.
 
-    All modes take turns; throughput is compared with the same mode without an owner.
+    All modes take turns; throughput is compared with the same mode without an owner. "greedy,
+    nice" has Swan's low priority and never moves: what the scheduler alone can do.
     """
     if len(os.sched_getaffinity(0)) < 2:
         raise CapabilityError("two cores", "this process may use one", "Run it on a larger host")
     repeats, cycles = profile.pick(1, 2), profile.pick(1, 4)
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
-    undisturbed: dict[str, list[float]] = {"greedy": [], "swan": []}
+    undisturbed: dict[str, list[float]] = {mode: [] for mode in MODES[1:]}
     for _ in range(repeats):
         for mode in MODES:
             runs[mode].append(_with_owner(mode, cycles))
@@ -61,6 +63,8 @@ def owner_experience(profile: Profile) -> Claim:
             "throughput_kept": {m: rates[m] / alone[m] for m in rates},
             "swan_over_best_undisturbed": rates["swan"] / max(alone.values()),
             "reaction_s": reactions,
+            "bursts": sum(run["bursts"] for run in runs["swan"]),
+            "added_points": added,
             "step_s": 1 / max(alone["swan"], 1e-9),
             "runs": runs,
             "undisturbed_steps_per_s": alone,
@@ -80,7 +84,8 @@ def _with_owner(mode: str, cycles: int) -> dict[str, Any]:
                 steps += _advance(step)
             passed_s = time.monotonic() - started_s
             rows = [line.split() for line in path.read_text().splitlines()]
-            reactions = _reactions([float(row[0]) for row in rows if row[2] == "1"], moves)
+            bursts = [float(row[0]) for row in rows if row[2] == "1"]
+            reactions = _reactions(bursts, moves)
     late = sorted(float(row[1]) for row in rows)
     return {
         "frames": len(late),
@@ -88,6 +93,7 @@ def _with_owner(mode: str, cycles: int) -> dict[str, Any]:
         "p99_late_ms": 1000 * max(late[int(0.99 * (len(late) - 1))], 0.0) if late else 0.0,
         "rate": steps / passed_s,
         "reactions_s": reactions,
+        "bursts": len(bursts),
         "moves": len(moves),
     }
 
@@ -125,12 +131,18 @@ def _trainer(mode: str) -> Iterator[tuple[Any, list[float]]]:
         yield None, moves
         return
     training = Training(NETWORK)
-    before = torch.get_num_threads()
-    if mode == "greedy":
+    if mode != "swan":
+        before = torch.get_num_threads()
         apply_affinity(sorted(os.sched_getaffinity(0)))
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        yield training.step, moves
-        torch.set_num_threads(before)
+        training.step()  # all threads are there
+        if mode == "greedy, nice":
+            lower_priority(NICE)
+        try:
+            yield training.step, moves
+        finally:
+            torch.set_num_threads(before)
+            restore_priority(0)
         return
 
     def note(event: dict[str, Any]) -> None:
