@@ -28,11 +28,16 @@ pytest.importorskip(
     "flwr", reason="Flower is not here: requirements/flower.txt tells how to add it"
 )
 
+from flwr.app import ArrayRecord
 from flwr.client import NumPyClient
+from flwr.common import ndarrays_to_parameters
+from flwr.server import strategy as older
+from flwr.serverapp import strategy as current
 from flwr.serverapp.strategy import FedAvg as FlowerAvg
-from flwr.serverapp.strategy import FedMedian, FedProx, Krum
 
-from actors.federated.flower.grid import EngineGrid, on_workers
+from actors.federated.flower.clients import EngineClients, on_workers, split_flat
+from actors.federated.flower.grid import EngineGrid
+from actors.federated.flower.legacy import EngineServer
 from actors.federated.flower.program import numpy_client_spec
 from actors.federated.flower.strategy import ServerStrategy
 from raysys.errors import ConfigError
@@ -47,8 +52,12 @@ def parts() -> tuple[FederatedData, Population]:
     return data, partition(data.targets, PartitionConfig(clients=12), 0)
 
 
+def clients_of(parts: tuple[FederatedData, Population], **options: Any) -> EngineClients:
+    return EngineClients(*parts, SPEC, LOCAL, **options)
+
+
 def grid_of(parts: tuple[FederatedData, Population], **options: Any) -> EngineGrid:
-    return EngineGrid(*parts, SPEC, LOCAL, **options)
+    return EngineGrid(clients_of(parts, **options))
 
 
 def start(strategy: Any, grid: EngineGrid, rounds: int = 3) -> Any:
@@ -67,14 +76,103 @@ def test_flower_fedavg_on_our_engine_equals_ours(parts: tuple[FederatedData, Pop
     assert set(result.evaluate_metrics_clientapp[3]) >= {"eval_acc"}
 
 
-@pytest.mark.parametrize("strategy", [FedMedian(), Krum(num_malicious_nodes=2), FedProx()])
-def test_strategies_that_look_at_single_updates_run(
-    parts: tuple[FederatedData, Population], strategy: Any
-) -> None:
+CURRENT = [
+    current.FedAdagrad(),
+    current.FedAdam(),
+    current.FedAvgM(),
+    current.FedMedian(),
+    current.FedProx(),
+    current.FedTrimmedAvg(),
+    current.FedYogi(),
+    current.Krum(num_malicious_nodes=2),
+    current.MultiKrum(num_malicious_nodes=2, num_nodes_to_select=5),
+    current.Bulyan(num_malicious_nodes=2),
+    current.QFedAvg(client_learning_rate=0.1, q=0.2),
+    current.DifferentialPrivacyServerSideFixedClipping(FlowerAvg(), 0.1, 1.0, 12),
+    current.DifferentialPrivacyServerSideAdaptiveClipping(FlowerAvg(), 0.1, 12),
+]
+
+
+@pytest.mark.parametrize("strategy", CURRENT, ids=lambda strategy: type(strategy).__name__)
+def test_message_strategies_run(parts: tuple[FederatedData, Population], strategy: Any) -> None:
     grid = grid_of(parts)
     before = grid.flat(grid.initial_arrays())
     result = start(strategy, grid, 1)
-    assert not np.array_equal(grid.flat(result.arrays), before)
+    after = grid.flat(result.arrays)
+    assert np.isfinite(after).all()
+    assert not np.array_equal(after, before)
+
+
+def older_strategies(start: Any) -> list[Any]:
+    given = {"initial_parameters": start}
+    plain = older.FedAvg(**given)
+    return [
+        plain,
+        older.FedAdagrad(**given),
+        older.FedAdam(**given),
+        older.FedAvgM(**given),
+        older.FedMedian(**given),
+        older.FedProx(proximal_mu=0.1, **given),
+        older.FedTrimmedAvg(**given),
+        older.FedYogi(**given),
+        older.Krum(num_malicious_clients=2, **given),
+        older.Bulyan(num_malicious_clients=2, to_keep=0, **given),
+        older.FaultTolerantFedAvg(**given),
+        older.DifferentialPrivacyServerSideFixedClipping(plain, 0.1, 1.0, 12),
+    ]
+
+
+def test_older_strategies_run(parts: tuple[FederatedData, Population]) -> None:
+    clients = clients_of(parts)
+    start = clients.initial()
+    given = ndarrays_to_parameters(split_flat(start, clients.layout.shapes))
+    for strategy in older_strategies(given):
+        server = EngineServer(clients, strategy)
+        history, _ = server.fit(1, None)
+        name = type(strategy).__name__
+        assert np.isfinite(server.weights()).all(), name
+        assert not np.array_equal(server.weights(), start), name
+        assert len(history.losses_distributed) == 1, name
+
+
+def test_older_fedavg_equals_the_current_one(parts: tuple[FederatedData, Population]) -> None:
+    grid = grid_of(parts)
+    expected = grid.flat(start(FlowerAvg(fraction_evaluate=0.0), grid).arrays)
+    # Without weights of its own the strategy asks a client for some.
+    server = EngineServer(clients_of(parts), older.FedAvg(fraction_evaluate=0.0))
+    server.fit(3, None)
+    assert np.abs(server.weights() - expected).max() < 1e-6
+
+
+def test_a_clients_configuration_is_followed_or_refused(
+    parts: tuple[FederatedData, Population],
+) -> None:
+    clients = clients_of(parts, ignored=("note",))
+    weights, who = clients.initial()[None], np.array([0, 1], dtype=np.int64)
+
+    def norms(*configs: dict[str, Any]) -> list[float]:
+        found = clients.train(weights, np.zeros(2, dtype=np.int64), who, 1, configs)
+        return [float(np.linalg.norm(u.weights - weights[0])) for u in found]
+
+    plain = norms({}, {})
+    assert norms({"server-round": 1, "note": "x"}, {"lr": 0.1}) == pytest.approx(plain)
+    one, other = norms({"lr": 0.01}, {"local-epochs": 3})
+    assert one < 0.5 * plain[0]
+    assert other > 1.5 * plain[1]
+    with pytest.raises(ConfigError, match="momentum"):
+        norms({"momentum": 0.9}, {})
+    with pytest.raises(ConfigError, match="lr"):
+        norms({"lr": -1.0}, {})
+    private = current.DifferentialPrivacyClientSideFixedClipping(FlowerAvg(), 0.1, 1.0, 12)
+    with pytest.raises(ConfigError, match="clipping_norm"):
+        start(private, EngineGrid(clients), 1)
+    trees = current.FedXgbBagging()
+    with pytest.raises(ConfigError, match="arrays"):
+        trees.start(EngineGrid(clients), current_trees(), num_rounds=1)
+
+
+def current_trees() -> Any:
+    return ArrayRecord([np.zeros(3, dtype=np.uint8)])
 
 
 def test_grid_on_ray_workers_gives_the_same(
