@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import torch
@@ -56,10 +57,13 @@ def fine_tune_from(model: nn.Module, path: Path) -> list[str]:
 
     Raises:
         StorageError: the file cannot be read.
-        DataError: it holds none of this network's weights.
+        DataError: it holds none of this network's weights, or something that could run.
     """
     try:
-        saved = torch.load(path, weights_only=False)
+        saved = torch.load(path, weights_only=True)  # a file from elsewhere must not run code
+    except pickle.UnpicklingError as error:
+        reason = "holds more than tensors and plain values"
+        raise DataError(str(path), reason, "Save its weights alone") from error
     except OSError as error:
         raise StorageError(str(path), error.strerror or str(error), "Check network.init") from error
     weights = saved.get("model", saved)

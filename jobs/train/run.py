@@ -117,7 +117,7 @@ def to_bytes(state: Mapping[str, Any]) -> bytes:
 
 def from_bytes(content: bytes) -> dict[str, Any]:
     """The state of a checkpoint that this job wrote."""
-    state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=False)
+    state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
     return state
 
 

@@ -259,3 +259,21 @@ def test_two_workers_switch_together_and_reduce_fewer_bytes(
     )
     assert 0 < metrics["reduced_bytes_per_step"] < whole
     assert metrics["ranks_agree"]
+
+
+class Hostile:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (Path("should-not-exist"),)
+
+
+def test_a_checkpoint_from_elsewhere_cannot_run_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    split = data.load(DataConfig(), 0)
+    torch.save({"model": {"x": Hostile()}}, tmp_path / "evil.pt")
+    with pytest.raises(DataError, match="tensors and plain values"):
+        network.build(NetworkConfig(init="evil.pt", widths=(4,)), split)
+    assert not Path("should-not-exist").exists()

@@ -79,7 +79,7 @@ class HFHooks:
         saved = None
         path = self._path(args, state)
         if state.global_step and path.is_file():
-            saved = torch.load(path, weights_only=False)
+            saved = torch.load(path, weights_only=True)
         self.watched = WatchedKGT(
             kwargs["model"],
             unwrapped(kwargs["optimizer"]),

@@ -232,7 +232,7 @@ def _state(stage: Stage, config: ProgramConfig, curve: list[dict[str, Any]]) -> 
 
 def _resume(stage: Stage, config: ProgramConfig, saved: bytes) -> list[dict[str, Any]]:
     try:
-        state = torch.load(io.BytesIO(saved), weights_only=False)
+        state = torch.load(io.BytesIO(saved), weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise LTEDataError("checkpoint", f"damaged ({error})", "Use an older one") from error
     before, now = state["config"], config_to_dict(config.stage)
