@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from actors.swan.engine import EngineConfig, Swan
@@ -12,7 +13,7 @@ from jobs.bench.swan.loads import burner
 from jobs.bench.swan.model import explored
 from jobs.bench.swan.networks import Training
 from jobs.tour.stage import Row, Stage, StageContext, StageResult
-from raysys.federated.swan.choices import greedy_choice
+from raysys.federated.swan.choices import Choice, enumerate_choices, greedy_choice
 from raysys.federated.swan.exploration import ExplorationConfig
 from raysys.federated.swan.pilot import Policy
 from raysys.federated.swan.simulation import model_estimates
@@ -175,14 +176,23 @@ def _phone_plot() -> Plot:
     figure, axes = new_figure()
     phone = PHONES[0]
     topology = phone.topology()
-    labels = [item.choice.label(topology) for item in model_estimates(phone, WORKLOADS[1], 0.0)]
+    choices = enumerate_choices(topology)
+    labels = [choice.label(topology) for choice in choices]
+    # A line joins choices of the same fastest cluster; between clusters there is no way.
+    ways = [list(group) for _, group in groupby(range(len(labels)), lambda i: _fastest(choices[i]))]
     for beta in BETAS:
         times = [item.seconds for item in model_estimates(phone, WORKLOADS[1], beta)]
-        axes.plot(range(len(labels)), times, marker="o", label=f"beta {beta:g}")
+        colour = None
+        for way in ways:
+            label = "" if colour else f"beta {beta:g}"
+            values = [times[i] for i in way]
+            (line,) = axes.plot(way, values, marker="o", color=colour, label=label)
+            colour = line.get_color()
     axes.set_xticks(range(len(labels)), labels, rotation=40, ha="right", fontsize=8)
     axes.set_yscale("log")
+    axes.set_yticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
     axes.set_ylabel("step time, one prime core = 1")
-    axes.legend()
+    _legend_above(axes)
     caption = (
         "Cheapest choice left. With healthy kernels more cores help; with thrashing depthwise "
         "kernels one core is best. The engine tells the two apart by measuring."
@@ -196,6 +206,7 @@ def _real_plot(migration: Migration) -> Plot:
         [at for at, _ in migration.steps],
         [1000 * seconds for _, seconds in migration.steps],
         linewidth=1,
+        marker=".",
         label="step",
     )
     axes.axvspan(
@@ -211,12 +222,21 @@ def _real_plot(migration: Migration) -> Plot:
     axes.set_xlabel("s")
     axes.set_ylabel("step time, ms")
     axes.set_ylim(bottom=0)
-    axes.legend()
+    _legend_above(axes)
     caption = (
         f"A pinned process takes {OWNER_SHARE:.0%} of one of our cores in the shaded time. Moves "
         "change affinity and thread count of the running training; nothing is copied."
     )
     return Plot(title="A training that gives way, on this host", caption=caption, figure=figure)
+
+
+def _fastest(choice: Choice) -> int:
+    """Number of the fastest cluster that a choice uses."""
+    return max(place for place, count in enumerate(choice.counts) if count)
+
+
+def _legend_above(axes: Any) -> None:
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
 
 
 STAGE = Stage(
