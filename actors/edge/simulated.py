@@ -91,6 +91,7 @@ class FleetReport:
     accepted: int = 0
     failed: int = 0
     seconds: float = 0.0
+    enrolled_s: float = 0.0
     modelled_s: float = 0.0
     modelled_j: float = 0.0
     errors: dict[str, int] = field(default_factory=dict)
@@ -132,6 +133,7 @@ class SimulatedFleet:
             await self._enrol(client, 0)
             await asyncio.gather(*(self._enrol(client, i) for i in range(1, self.config.count)))
         self.report.enrolled = len(self._tokens)
+        self.report.enrolled_s = time.monotonic() - started_s
         ready = np.zeros(self.config.count)
         async with self._gateway() as gateway:
             while not self._over(started_s):

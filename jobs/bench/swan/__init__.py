@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jobs.bench.swan.crowd import crowd
 from jobs.bench.swan.edge import edge_end_to_end
 from jobs.bench.swan.fleet import fleet
 from jobs.bench.swan.model import (
@@ -33,5 +34,6 @@ CLAIMS = {
     "moves_bitwise": moves_bitwise,
     "kills_lose_little": kills_lose_little,
     "fleet": fleet,
+    "crowd": crowd,
     "edge_end_to_end": edge_end_to_end,
 }
