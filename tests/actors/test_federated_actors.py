@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -124,9 +125,10 @@ def test_a_killed_coordinator_goes_on_from_its_checkpoint(
         seen.append(round_id)
         if round_id == 2 and run.restarts == 0:
             pid = run.health()["pid"]
-            pending = run.actor.advance.remote(3, ROUNDS)  # in mid-round when it dies
+            pending = run.actor.advance.remote(3, ROUNDS)
             os.kill(pid, signal.SIGKILL)
-            with pytest.raises(ray.exceptions.RayActorError):
+            # Mostly it dies in mid-round; on a busy machine it may have done them all by then.
+            with contextlib.suppress(ray.exceptions.RayActorError):
                 ray.get(pending)
     assert seen == list(range(ROUNDS))
     assert run.restarts == 1
