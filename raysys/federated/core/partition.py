@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raysys.config import check_choice, check_range
+from raysys.config import check, check_choice, check_range
 from raysys.errors import ConfigError, InfeasibleError
 from raysys.federated.core.population import Population, population_from_lists
 from raysys.federated.core.randomness import Purpose, generator
 
 IntArray = npt.NDArray[np.int64]
-SCHEMES = ("iid", "dirichlet", "shards", "natural")
+SCHEMES = ("iid", "dirichlet", "shards", "natural", "planted")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,23 +26,28 @@ class PartitionConfig:
     """Which split to make.
 
     Args:
-        scheme: "iid", "dirichlet", "shards" (a fixed number of classes per client) or "natural"
-            (the data set's own client keys).
+        scheme: "iid", "dirichlet", "shards" (a fixed number of classes per client), "natural" (the
+            data set's own client keys) or "planted" (client c has classes ``groups[c % G]`` only).
         clients: number of clients; the natural scheme takes it from the keys.
         alpha: concentration of the Dirichlet scheme; smaller is more skewed.
         classes_per_client: classes of each client in the shard scheme.
+        groups: sets of classes of the planted scheme; samples of other classes are left out.
     """
 
     scheme: str = "dirichlet"
     clients: int = 100
     alpha: float = 0.3
     classes_per_client: int = 2
+    groups: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         check_choice(self, "scheme", SCHEMES)
         check_range(self, "clients", 1)
         check_range(self, "alpha", 0, low_open=True)
         check_range(self, "classes_per_client", 1)
+        planted = self.scheme == "planted"
+        check(self, "groups", planted == bool(self.groups), "sets of classes, for planted only")
+        check(self, "groups", len(self.groups) <= self.clients, "no more than clients")
 
 
 def partition(
@@ -70,6 +75,9 @@ def partition(
         return iid(len(labels), config.clients, seed)
     if config.scheme == "dirichlet":
         return dirichlet(labels, config.clients, config.alpha, seed)
+    if config.scheme == "planted":
+        sets = [list(group) for group in config.groups]
+        return planted_groups(labels, config.clients, sets, seed)[0]
     return label_shards(labels, config.clients, config.classes_per_client, seed)
 
 

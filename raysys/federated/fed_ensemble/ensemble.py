@@ -9,6 +9,7 @@ the released code's soft responsibilities saturate.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,6 +28,9 @@ from raysys.federated.core.privacy import Guarantee, PrivateAvg
 from raysys.federated.core.randomness import Purpose, generator
 from raysys.federated.core.strategy import Assignment, Demand, JobFacts, RoundReport, StateArrays
 from raysys.federated.fed_ensemble.schedule import PermutationSchedule
+
+WELL_FED = 4  # participants that a model needs a round to do well
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +112,11 @@ class FedEnsemble:
             trunk = self.lines[0].weights(0)[: self._trunk]
             for line in self.lines[1:]:
                 line.reset(np.concatenate([trunk, line.weights(0)[self._trunk :]]))
+        if self.clients_per_round < WELL_FED * self.config.k:
+            _log.warning(
+                "%d clients a round for %d models: fewer than %d each starve them",
+                self.clients_per_round, self.config.k, WELL_FED,
+            )  # fmt: skip
         n = facts.population.n_clients
         self._schedule = PermutationSchedule(
             self.config.k, n, facts.seed, self.config.strata, self._may_balance
@@ -207,7 +216,9 @@ class FedEnsemble:
                 line.fold(round_id, 0, folded[member])
             line.close(round_id, report.of_model(member))
         if not warm:
-            self.schedule.close_round(self._counts)
+            starved = self.schedule.close_round(self._counts)
+            if starved:
+                _log.warning("models %s have trained nobody for rounds; now %d", starved, round_id)
         self._mend(round_id)
         if round_id + 1 == self.config.warm_rounds:
             self._branch(round_id)

@@ -22,6 +22,7 @@ IntArray = npt.NDArray[np.int64]
 TEMPERATURES = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
 COMBINE = ("probabilities", "logits", "vote")
 TINY = 1e-12
+WORST = 1e6  # stands for a loss that is not finite
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,6 +43,13 @@ class Prediction:
     def mutual_information(self) -> FloatArray:
         """Disagreement of the members in nats, [N]; never below 0."""
         return np.maximum(self.total_entropy - self.expected_entropy, 0.0)
+
+    @property
+    def label_disagreement(self) -> float:
+        """Share of samples on which two members differ in the label, mean over pairs."""
+        votes = self.members.argmax(axis=2)
+        first, second = np.triu_indices(len(votes), 1)
+        return float((votes[first] != votes[second]).mean()) if len(first) else 0.0
 
     @property
     def labels(self) -> IntArray:
@@ -164,13 +172,15 @@ def personal_weights(losses_nK: FloatArray, lam: float | None = None) -> FloatAr
     lambda; lambda is chosen by leave-one-out unless given.
 
     Args:
-        losses_nK: loss of each member on each validation sample, [n, K]; n may be 0.
+        losses_nK: loss of each member on each validation sample, [n, K]; n may be 0. A member with
+            a loss that is not finite gets no weight but its uniform share.
         lam: share of the uniform weights.
 
     Returns:
         Weights [K] that sum to 1.
     """
     n, k = losses_nK.shape
+    losses_nK = np.where(np.isfinite(losses_nK), losses_nK, WORST)
     if n == 0:
         return np.full(k, 1.0 / k)
     if lam is None:
@@ -179,13 +189,19 @@ def personal_weights(losses_nK: FloatArray, lam: float | None = None) -> FloatAr
 
 
 def nll(probabilities: FloatArray, labels: IntArray) -> float:
-    """Mean negative log-likelihood."""
+    """Mean negative log-likelihood.
+
+    Raises:
+        ConfigError: labels outside the classes, or rows that are no distributions.
+    """
+    _check_scored(probabilities, labels)
     picked = probabilities[np.arange(len(labels)), labels]
     return float(-np.log(np.maximum(picked, TINY)).mean())
 
 
 def brier(probabilities: FloatArray, labels: IntArray) -> float:
-    """Mean squared distance to the one-hot label."""
+    """Mean squared distance to the one-hot label; refuses what :func:`nll` refuses."""
+    _check_scored(probabilities, labels)
     target = np.eye(probabilities.shape[1])[labels]
     return float(((probabilities - target) ** 2).sum(axis=1).mean())
 
@@ -193,7 +209,8 @@ def brier(probabilities: FloatArray, labels: IntArray) -> float:
 def expected_calibration_error(
     probabilities: FloatArray, labels: IntArray, bins: int = 15
 ) -> float:
-    """Mean distance between confidence and accuracy over equal bins of confidence."""
+    """Mean distance of confidence and accuracy over equal bins; refuses what `nll` refuses."""
+    _check_scored(probabilities, labels)
     confidence = probabilities.max(axis=1)
     hit = probabilities.argmax(axis=1) == labels
     slot = np.minimum((confidence * bins).astype(np.int64), bins - 1)
@@ -219,6 +236,16 @@ def risk_coverage_area(uncertainty: FloatArray, wrong: npt.NDArray[np.bool_]) ->
     order = np.argsort(uncertainty, kind="stable")
     risk = np.cumsum(wrong[order]) / np.arange(1, len(wrong) + 1)
     return float(risk.mean())
+
+
+def _check_scored(probabilities: FloatArray, labels: IntArray) -> None:
+    classes = probabilities.shape[1]
+    if len(labels) != len(probabilities) or not len(labels):
+        raise ConfigError("labels", len(labels), f"{len(probabilities)}, at least one")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ConfigError("labels", f"{labels.min()}..{labels.max()}", f"0..{classes - 1}")
+    if not (np.abs(probabilities.sum(axis=1) - 1) < 1e-3).all():
+        raise ConfigError("probabilities", "rows of another sum", "rows that sum to 1")
 
 
 def _mixing(logits_KNC: npt.NDArray[np.float32], weights: FloatArray | None) -> FloatArray:

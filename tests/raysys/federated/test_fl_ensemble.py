@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,8 +17,10 @@ from raysys.federated.core.local import LocalConfig
 from raysys.federated.core.messages import ScreenConfig
 from raysys.federated.core.model import Mlp, ModelSpec
 from raysys.federated.core.partition import label_shards
+from raysys.federated.core.population import Population
 from raysys.federated.core.runner import run_rounds
 from raysys.federated.core.server import Adam
+from raysys.federated.core.training import Samples
 from raysys.federated.fed_ensemble.baselines import Snapshots, WeightAverage, fedbe_members
 from raysys.federated.fed_ensemble.ensemble import EnsembleConfig, FedEnsemble
 from raysys.federated.fed_ensemble.prediction import (
@@ -30,6 +33,7 @@ from raysys.federated.fed_ensemble.prediction import (
     nll,
     personal_weights,
     predict,
+    predict_values,
     risk_coverage_area,
     sharpen,
     softmax,
@@ -110,6 +114,18 @@ def test_schedule_survives_a_checkpoint_and_refuses_another_k() -> None:
     assert [two.next_model(c) for c in range(20)] == [one.next_model(c) for c in range(20)]
     with pytest.raises(ConfigError, match="checkpoint"):
         PermutationSchedule(4, 20, 2).load(one.state())
+
+
+def test_a_lost_counter_costs_two_updates_of_coverage_at_most() -> None:
+    clients, seen = np.arange(20), np.zeros((20, 4), dtype=np.int64)
+    schedule = PermutationSchedule(4, 20, 2)
+    for round_id in range(11):
+        if round_id == 6:  # in the middle of an age
+            schedule = PermutationSchedule(4, 20, 3)
+        models = schedule.place(clients, round_id, np.zeros(4, dtype=np.int64))
+        schedule.accept(clients)
+        seen[clients, models] += 1
+    assert (seen.max(axis=1) - seen.min(axis=1)).max() <= 2
 
 
 @pytest.mark.parametrize("bad", [{"k": 0}, {"k": 9}, {"strata": 0}, {"strata": "all"}])
@@ -209,6 +225,7 @@ def test_uncertainty_by_hand() -> None:
     assert two.probabilities[0] == pytest.approx([0.5, 0.5], abs=1e-6)
     own = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1))
     assert two.mutual_information[0] == pytest.approx(np.log(2) - own, abs=1e-6)
+    assert (one.label_disagreement, two.label_disagreement) == (0.0, 1.0)
     assert predict(differ, np.array([1.0, 0.0])).labels[0] == 0
     assert predict(differ, combine="vote").probabilities[0] == pytest.approx([0.5, 0.5])
     assert predict(differ, combine="logits").probabilities[0] == pytest.approx([0.5, 0.5])
@@ -231,6 +248,12 @@ def test_scores_by_hand() -> None:
     assert risk_coverage_area(np.array([0.1, 0.9]), np.array([False, True])) == pytest.approx(0.25)
     with pytest.raises(ConfigError):
         auroc(np.array([]), np.array([1.0]))
+    for scored in (nll, brier, expected_calibration_error):
+        for bad in (np.array([0, 2]), np.array([-1, 0]), np.array([0])):
+            with pytest.raises(ConfigError, match="labels"):
+                scored(p, bad)
+        with pytest.raises(ConfigError, match="sum to 1"):
+            scored(2 * p, y)
 
 
 def test_temperature_finds_what_was_planted() -> None:
@@ -265,6 +288,9 @@ def test_personal_weights_prefer_the_better_member() -> None:
     weights = personal_weights(losses)
     assert weights[0] > 0.8
     assert personal_weights(losses, lam=1.0) == pytest.approx(1 / 3)
+    diverged = np.tile([np.nan, 0.5, 2.0], (20, 1))
+    assert np.argmax(personal_weights(diverged)) == 1
+    assert personal_weights(diverged).sum() == pytest.approx(1)
 
 
 def test_ensemble_mean_of_linear_models_meets_the_posterior_mean_as_one_over_k() -> None:
@@ -288,6 +314,33 @@ def test_ensemble_mean_of_linear_models_meets_the_posterior_mean_as_one_over_k()
     ]  # fmt: skip
     slope = np.polyfit(np.log(sizes), np.log(errors), 1)[0]
     assert slope == pytest.approx(-1, abs=0.15)
+
+
+def test_members_agree_where_the_data_is_and_spread_where_it_is_not() -> None:
+    """Regression on a noisy sine, clients split by x."""
+    rng = np.random.default_rng(1)
+    x = np.sort(rng.uniform(-2, 2, 240)).astype(np.float32)[:, None]
+    y = np.sin(2 * x) + 0.1 * rng.standard_normal((240, 1), dtype=np.float32)
+    population = Population(
+        offsets=np.arange(0, 241, 12), sample_ids=np.arange(240, dtype=np.int32)
+    )
+    spec = ModelSpec(architecture=Mlp(sizes=(1, 32, 1)), task="regression")
+    local = LocalConfig(epochs=5, batch_size=12, lr=0.05)
+    ensemble = FedEnsemble(EnsembleConfig(k=4), 20, lambda: FedAvg(spec, local, 20))
+    job = FederatedJob(ensemble, population, 0)
+    run_rounds(job, Samples(torch.from_numpy(x), torch.from_numpy(y)), 80)
+
+    def spread(points: np.ndarray) -> tuple[np.ndarray, float]:
+        inputs = torch.from_numpy(points.astype(np.float32)[:, None])
+        members = np.stack([outputs(spec, row, inputs).numpy() for row in ensemble.stacked()])
+        mean, deviation = predict_values(members)
+        return mean[:, 0], float(deviation.mean())
+
+    inside = np.linspace(-1.8, 1.8, 50)
+    mean, near = spread(inside)
+    assert np.abs(mean - np.sin(2 * inside)).mean() < 0.4
+    _, far = spread(np.concatenate([np.linspace(-6, -4, 25), np.linspace(4, 6, 25)]))
+    assert far > 2 * near
 
 
 def test_baselines_by_hand() -> None:

@@ -65,6 +65,8 @@ def test_natural_and_planted_splits() -> None:
     for client in range(6):
         allowed = {0, 1} if groups[client] == 0 else {2}
         assert set(labels[planted.samples(client)]) <= allowed
+    config = PartitionConfig(scheme="planted", clients=6, groups=((0, 1), (2,)))
+    assert np.array_equal(partition(labels, config, 0).sample_ids, planted.sample_ids)
 
 
 def test_bad_splits_are_refused() -> None:
@@ -77,6 +79,10 @@ def test_bad_splits_are_refused() -> None:
         partition(labels, PartitionConfig(scheme="natural"), 0)
     with pytest.raises(ConfigError, match="one group only"):
         planted_groups(labels, 2, [[0], [0]], 0)
+    with pytest.raises(ConfigError, match="groups"):
+        PartitionConfig(scheme="planted")
+    with pytest.raises(ConfigError, match="groups"):
+        PartitionConfig(scheme="iid", groups=((0,),))
     with pytest.raises(ConfigError, match="dirichlet"):
         PartitionConfig(scheme="dirichlett")
 
