@@ -1,16 +1,18 @@
-"""One call records a metric twice: in Ray's metrics and in the run's Parquet tables.
+"""One call records a metric for Prometheus and in the run's Parquet tables.
 
-Ray's side feeds Prometheus and the dashboard; the Parquet side stays with the run. Rows are
-buffered and written in parts, so a run that is killed loses at most one buffer.
+Prometheus reads Ray's page on every node, or the job's own (:class:`MetricsPage`) where a job runs
+without Ray. The Parquet side stays with the run. Rows are buffered and written in parts, so a run
+that is killed loses at most one buffer.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from actors.listeners import host_of, is_loopback
 from raysys.errors import ConfigError
 from raysys.runs import RunDirectory
 
@@ -36,12 +38,80 @@ def ray_gauge(name: str, tag_keys: tuple[str, ...]) -> Gauge:
     return gauge
 
 
+class MetricsPage:
+    """Serves a job's metrics to Prometheus at ``http://ADDRESS/metrics``, as ``raysys_<name>``.
+
+    The page has no password, so it listens on loopback only: Prometheus's agent runs on the host.
+
+    Args:
+        address: ``host:port``; port 0 takes a free one.
+
+    Raises:
+        ConfigError: not a loopback address, or its port is taken.
+    """
+
+    def __init__(self, address: str) -> None:
+        from prometheus_client import CollectorRegistry, start_http_server
+
+        host, port = host_of(address), address.rpartition(":")[2]
+        if not is_loopback(host) or not port.isdecimal():
+            raise ConfigError("--metrics", address, "a loopback address such as 127.0.0.1:9464")
+        self._registry = CollectorRegistry()
+        self._gauges: dict[str, Gauge] = {}
+        try:
+            self._server, self._thread = start_http_server(
+                int(port), addr=host.strip("[]"), registry=self._registry
+            )
+        except (OSError, OverflowError) as error:
+            raise ConfigError("--metrics", address, "a free port", str(error)) from None
+        self.port = int(self._server.server_port)
+
+    def gauge(self, name: str, tag_keys: tuple[str, ...]) -> Gauge:
+        """The gauge of this name; made on the first call."""
+        if name not in self._gauges:
+            self._gauges[name] = _PageGauge(name, tag_keys, self._registry)
+        return self._gauges[name]
+
+    def close(self) -> None:
+        """Stop listening; may be called twice."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(5)
+
+
+class _PageGauge:
+    def __init__(self, name: str, tag_keys: tuple[str, ...], registry: Any) -> None:
+        from prometheus_client import Gauge as PageGauge
+
+        self._keys = tag_keys
+        self._gauge = PageGauge(METRIC_PREFIX + name, name, tag_keys, registry=registry)
+
+    def set(self, value: float, tags: dict[str, str] | None = None) -> None:
+        (self._gauge.labels(**(tags or {})) if self._keys else self._gauge).set(value)
+
+
+def each_of(factories: Sequence[GaugeFactory]) -> GaugeFactory | None:
+    """One factory whose gauges set those of all; None without any."""
+    if not factories:
+        return None
+    return lambda name, keys: _Several([make(name, keys) for make in factories])
+
+
+class _Several:
+    def __init__(self, gauges: Sequence[Gauge]) -> None:
+        self._gauges = gauges
+
+    def set(self, value: float, tags: dict[str, str] | None = None) -> None:
+        for gauge in self._gauges:
+            gauge.set(value, tags)
+
+
 class MetricsRecorder:
     """Records metrics and events of one run; safe to call from several threads.
 
     Args:
         run: where the Parquet parts go.
-        gauges: makes a gauge for Ray's metrics; None leaves Ray out (a job without Ray).
+        gauges: makes a gauge for Prometheus; None leaves it out.
         clock: wall clock in seconds since the epoch.
     """
 

@@ -196,6 +196,9 @@ def _record(summary: RoundSummary, context: JobContext) -> None:
     for name, value in values.items():
         if math.isfinite(value):
             context.metrics.record(name, value, step=step)
+    context.metrics.record("federated_round", step, step=step)
+    for outcome, count in summary.counts.items():
+        context.metrics.record("federated_updates", count, step=step, tags={"outcome": outcome})
 
 
 def _rounds_done(context: JobContext) -> int:

@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from actors.metrics import MetricsRecorder, ray_gauge
+from actors.metrics import MetricsPage, MetricsRecorder, each_of, ray_gauge
 from actors.session import Session, SessionConfig
 from raysys import machine
 from raysys.config import load_config
@@ -60,16 +60,20 @@ class JobContext:
 
     Attributes:
         run: the run directory.
-        metrics: records into Ray's metrics and the run's Parquet.
+        metrics: records for Prometheus (once Ray runs, or with --metrics) and in the run's Parquet.
         console: where people read (standard error, so that standard output stays for data).
         resumed: whether the run directory existed before and work may be found in it.
     """
 
-    def __init__(self, run: RunDirectory, session: SessionConfig, *, resumed: bool) -> None:
+    def __init__(
+        self, run: RunDirectory, session: SessionConfig, *, resumed: bool, page: str | None = None
+    ) -> None:
         self.run = run
         self.resumed = resumed
         self.console = make_console()
-        self.metrics = MetricsRecorder(run)
+        self._page = MetricsPage(page) if page else None
+        self._gauges = [self._page.gauge] if self._page else []
+        self.metrics = MetricsRecorder(run, each_of(self._gauges))
         self._session_config = session
         self._session: Session | None = None
 
@@ -84,7 +88,7 @@ class JobContext:
             config = dataclasses.replace(self._session_config, **changes)
             self._session = Session.start(config)
             self.metrics.flush()
-            self.metrics = MetricsRecorder(self.run, gauges=ray_gauge)
+            self.metrics = MetricsRecorder(self.run, each_of([*self._gauges, ray_gauge]))
         return self._session
 
     @contextlib.contextmanager
@@ -103,6 +107,8 @@ class JobContext:
     def close(self) -> None:
         """Flush the metrics and leave Ray; may be called twice."""
         self.metrics.flush()
+        if self._page is not None:
+            self._page.close()
         if self._session is not None:
             self._session.close()
 
@@ -147,7 +153,8 @@ def _run(job: Job[Any], options: argparse.Namespace) -> int:
     ]
     overrides += options.set
     run, config, resumed = _open_run(job, options, overrides)
-    context = JobContext(run, SessionConfig(address=options.address), resumed=resumed)
+    session = SessionConfig(address=options.address)
+    context = JobContext(run, session, resumed=resumed, page=options.metrics)
     status: Status = "failed"
     problem: str | None = None
     try:
@@ -252,6 +259,11 @@ def _parser(job: Job[Any]) -> argparse.ArgumentParser:
         "--address",
         help="Ray cluster to use: host:port, ray://host:port or auto; by default a private "
         "local Ray, or the cluster that a submitted job runs on",
+    )
+    parser.add_argument(
+        "--metrics",
+        metavar="HOST:PORT",
+        help="serve metrics to Prometheus there (loopback), for jobs that run without Ray",
     )
     for name in job.flags:
         parser.add_argument(

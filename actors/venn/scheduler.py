@@ -142,8 +142,15 @@ class SchedulerServer(rpc.JobPlaneServicer, rpc.PlanFeedServicer):  # type: igno
         self._lock.close()
 
     def health(self) -> dict[str, Any]:
-        """State for supervisors."""
+        """State for supervisors; called from other threads, so it looks at copies."""
+        opened = [job.open for job in list(self.core.state.jobs.values())]
+        waiting = [one for one in opened if one is not None and one.remaining > 0]
+        now_s = max(self._clock(), self._last_s)
         return {
+            "jobs": len(opened),
+            "waiting_jobs": len(waiting),
+            "wanted_devices": sum(one.remaining for one in waiting),
+            "longest_wait_s": max((now_s - one.opened_s for one in waiting), default=0.0),
             "leading": self.leading.is_set(),
             "port": self.port,
             "applied": self._replica.applied if self._journal is None else self._journal.applied,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import time
 from typing import Any
 
 from actors.edge.job import EdgeJobConfig
 from actors.edge.server import EdgeServerConfig
 from actors.edge.service import EdgeService, VennConfig
+from actors.metrics import MetricsRecorder
 from jobs.launcher import Job, JobContext, Summary
 from raysys import machine
 from raysys.config import check, check_range
@@ -76,7 +78,7 @@ async def serve(config: ServeConfig, context: JobContext) -> Summary:
     def note(round_id: int, report: RoundReport) -> None:
         score = evaluate(spec, strategy.weights(0), data.test_samples())
         scores.append(score)
-        context.metrics.record("edge_test_accuracy", score.accuracy, step=round_id)
+        _record(context.metrics, round_id, report, score, service)
         context.run.append_rows("rounds", [_row(round_id, report, score)])
         context.console.print(f"round {round_id}: accuracy {score.accuracy:.4f}", markup=False)
 
@@ -93,6 +95,23 @@ async def serve(config: ServeConfig, context: JobContext) -> Summary:
     context.run.write_json("result.json", result)
     line = f"{len(scores)} rounds, accuracy {scores[-1].accuracy:.4f}, {job.repeats} repeats"
     return Summary(lines=[line])
+
+
+def _record(
+    metrics: MetricsRecorder, round_id: int, report: RoundReport, score: Score, service: EdgeService
+) -> None:
+    """A round for Prometheus; totals since the start where a name ends in ``_total``."""
+    values = {"test_accuracy": score.accuracy, "test_loss": score.loss}
+    values |= {"round": float(round_id), "round_s": report.duration_s}
+    if (server := service.server) is not None:
+        values["devices"] = len(server.registry.devices)
+        values["refused_leases_total"] = server.refused_leases
+        values["bytes_down_total"], values["bytes_up_total"] = server.bytes_down, server.bytes_up
+    for name, value in values.items():
+        if math.isfinite(value):
+            metrics.record(f"edge_{name}", value, step=round_id)
+    for outcome, count in report.counts.items():
+        metrics.record("edge_updates", count, step=round_id, tags={"outcome": outcome})
 
 
 def _row(round_id: int, report: RoundReport, score: Score) -> dict[str, Any]:

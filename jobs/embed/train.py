@@ -122,8 +122,8 @@ def _end_window(
     row |= {name: float(stats[name]) for name in ("rho", "rho_bytes", "mapped_bytes", "rows")}
     row |= {name: float(stats[name]) for name in ("alive", "grown", "evicted", "hit_rate")}
     context.run.append_rows("windows", [row])
-    for name in ("auc", "log_loss", "rho_bytes"):
-        context.metrics.record(name, row[name], step=step)
+    for name in ("auc", "log_loss", "rho_bytes", "mapped_bytes"):
+        context.metrics.record(f"fiited_{name}", row[name], step=step)
     if drifted:
         context.console.print(f"step {step}: drift; one full round was run")
     if decision is not None and decision.action != "hold":

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from actors.metrics import MetricsRecorder
 from actors.venn.cluster import ClusterConfig, VennCluster
 from jobs.launcher import Job, JobContext, Summary
 from raysys.config import check_range
@@ -58,9 +61,21 @@ def _watch(cluster: VennCluster, config: ServeConfig, context: JobContext) -> in
         except RaysysError as error:
             context.console.print(f"an actor is away and being restarted: {error}")
             continue
-        checkins = sum(item.get("checkins", 0) for item in health.values())
-        context.metrics.record("venn_checkins", float(checkins), step=steps)
+        _record(context.metrics, steps, list(health.values()))
     return steps
+
+
+def _record(metrics: MetricsRecorder, step: int, health: Sequence[dict[str, Any]]) -> None:
+    """The actors' health for Prometheus; the scheduler's part is that of the leader."""
+    gateways = [item for item in health if "checkins" in item]
+    values = {"checkins": sum(item["checkins"] for item in gateways)}
+    values |= {"leases": sum(item["leases"] for item in gateways), "gateways": len(gateways)}
+    for leader in (item for item in health if item.get("leading")):
+        values |= {name: leader[name] for name in ("jobs", "waiting_jobs", "wanted_devices")}
+        values |= {"longest_wait_s": leader["longest_wait_s"], "epoch": leader["epoch"]}
+        values["takeover_s"] = leader["took_over_s"]
+    for name, value in values.items():
+        metrics.record(f"venn_{name}", float(value), step=step)
 
 
 JOB = Job(name="venn serve", config=ServeConfig, run=run)

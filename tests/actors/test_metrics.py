@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,19 @@ def test_ray_gauge_accepts_what_the_recorder_gives(run: RunDirectory, ray_sessio
     recorder.record("test_plain", 2)
     recorder.flush()
     assert run.read_table("metrics").column("name").to_pylist() == ["test_seconds", "test_plain"]
+
+
+def test_a_page_shows_what_is_recorded(run: RunDirectory) -> None:
+    page = metrics_module.MetricsPage("127.0.0.1:0")
+    recorder = MetricsRecorder(run, metrics_module.each_of([page.gauge, FakeGauge]))
+    recorder.record("qoe", 0.5, tags={"tenant": "a"})
+    recorder.record("plain", 2)
+    again = MetricsRecorder(run, metrics_module.each_of([page.gauge]))  # after Ray was started
+    again.record("plain", 3)
+    with urllib.request.urlopen(f"http://127.0.0.1:{page.port}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    page.close()
+    assert 'raysys_qoe{tenant="a"} 0.5' in lines
+    assert "raysys_plain 3.0" in lines
+    assert [gauge.values[0][0] for gauge in FakeGauge.made] == [0.5, 2.0]
+    assert metrics_module.each_of([]) is None
