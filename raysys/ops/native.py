@@ -61,14 +61,19 @@ def compile_and_load(name: str, isa: str | None = None) -> ctypes.CDLL:
     chosen = isa or runnable_isas()[0]
     if chosen not in runnable_isas():
         raise ConfigError("isa", chosen, "one of " + ", ".join(runnable_isas()))
-    command = [*_compiler(), *BASE_FLAGS, *ISA_FLAGS[chosen]]
+    command = [find_compiler(), *BASE_FLAGS, *ISA_FLAGS[chosen]]
     target = _target(name, chosen, command)
     if not target.is_file():
         _build(kernel_path(f"{name}.cpp"), target, command)
     return ctypes.CDLL(str(target))
 
 
-def _compiler() -> list[str]:
+def find_compiler() -> str:
+    """Path of the C++ compiler.
+
+    Raises:
+        CapabilityError: there is none.
+    """
     found = next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None)
     if found is None:
         raise CapabilityError(
@@ -76,7 +81,7 @@ def _compiler() -> list[str]:
             "none of g++, clang++ and c++ is on PATH",
             "Install one (Debian: apt-get install g++), or use the reference implementation",
         )
-    return [found]
+    return found
 
 
 def _target(name: str, isa: str, command: list[str]) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,12 +64,17 @@ def test_run_starts_the_job_as_a_process() -> None:
     assert "holds no run" in done.stderr
 
 
-def test_doctor_is_truthful_about_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
+def test_doctor_is_truthful_about_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("RAYSYS_TEMP", "/nowhere")
     monkeypatch.setenv("RAYSYS_DATA", "/nowhere")
     checks = (
         doctor.compiler,
         doctor.data,
+        doctor.disk,
+        doctor.gpu,
         doctor.package("no_such_module", "a test", "get it", required=True),
         doctor.package("json", "a test", "get it"),
         doctor.package("json", "a test", "get it", attribute="no_such_attribute"),
@@ -77,21 +84,89 @@ def test_doctor_is_truthful_about_what_is_missing(monkeypatch: pytest.MonkeyPatc
         "missing",
         "warning",
         "missing",
+        "warning",
+        "missing",
         "ok",
         "missing",
     ]
-    assert "no_such_module" in findings[2].detail
+    assert "no_such_module" in findings[4].detail
     assert all(finding.remedy for finding in findings if finding.state != "ok")
 
 
-def test_doctor_notices_a_broken_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("script", "seen"),
+    [("echo no headers >&2; exit 1", "no headers"), ("exit 0", "cannot open shared object")],
+)
+def test_doctor_notices_a_broken_compiler(
+    script: str, seen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken = tmp_path / "g++"
-    broken.write_text("#!/bin/sh\necho no headers >&2\nexit 1\n")
+    broken.write_text(f"#!/bin/sh\n{script}\n")
     broken.chmod(0o755)
-    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     finding = doctor.compiler()
     assert finding.state == "missing"
-    assert "no headers" in finding.detail
+    assert seen in finding.detail
+
+
+def test_doctor_takes_the_compiler_that_the_kernels_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it says is ok builds kernels, whatever the compiler is called."""
+    real = shutil.which("g++") or shutil.which("clang++")
+    if real is None:
+        pytest.skip("no C++ compiler here")
+    assert doctor.compiler().state == "ok"
+    only = tmp_path / "bin"
+    only.mkdir()
+    (only / "c++").symlink_to(real)
+    for tool in ("as", "ld"):
+        if (path := shutil.which(tool)) is not None:
+            (only / tool).symlink_to(path)
+    monkeypatch.setenv("PATH", str(only))
+    finding = doctor.compiler()
+    assert finding.state == "ok"
+    assert finding.detail.startswith("c++ compiles for")
+
+
+def _doctor(checks: str, environment: dict[str, str], *prefix: str) -> str:
+    """What the doctor prints in a process of its own with these checks."""
+    program = f"import sys; from raysys.cli import doctor; doctor.CHECKS = ({checks},);"
+    program += "sys.exit(doctor.main([]))"
+    done = subprocess.run(
+        [*prefix, sys.executable, "-c", program],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_doctor_on_a_machine_without_vllm(tmp_path: Path) -> None:
+    """vLLM is really hidden: its place on the path is taken by what cannot be imported."""
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError('hidden')\n")
+    path = os.pathsep.join([str(tmp_path), str(machine.app_root())])
+    text = _doctor("doctor.package('vllm', 'serving', doctor._VLLM)", {"PYTHONPATH": path})
+    assert "MISSING  vllm: ImportError: hidden" in text
+    assert "make setup" in text
+
+
+def test_doctor_on_a_machine_without_network() -> None:
+    """In a network namespace of its own: no route to anywhere, and loopback is down."""
+    alone = ("unshare", "--map-root-user", "--net")
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*alone, "true"], capture_output=True, check=False).returncode
+    ):
+        pytest.skip("network namespaces are not allowed here")
+    text = _doctor("doctor.outside, doctor.loopback", {}, *alone)
+    assert "note     outside network: no route" in text
+    assert "MISSING  loopback network" in text
+    assert "Bring up the interface lo" in text
 
 
 def test_doctor_exit_code_follows_what_is_required(
