@@ -32,6 +32,7 @@ class EdgeJobConfig:
     Args:
         job_id: its name at Venn. requirement: lower bounds on the attributes of a check-in.
         clients_per_round: updates wanted. deadline_s: longest round.
+        lease_s: how long a silent device keeps its place, 0 until the deadline; devices renew.
         overcommit: devices asked for, over those wanted. fraction: share that must answer.
         max_attempts: times that a round which kept too few updates is repeated.
     """
@@ -40,6 +41,7 @@ class EdgeJobConfig:
     requirement: dict[str, float] = field(default_factory=dict)
     clients_per_round: int = 10
     deadline_s: float = 60.0
+    lease_s: float = 0.0
     overcommit: float = 1.0
     fraction: float = 0.8
     max_attempts: int = 5
@@ -48,6 +50,7 @@ class EdgeJobConfig:
     def __post_init__(self) -> None:
         check_range(self, "clients_per_round", 1)
         check_range(self, "deadline_s", 0, low_open=True)
+        check_range(self, "lease_s", 0)
         check_range(self, "overcommit", 1, 10)
         check_range(self, "fraction", 0, 1, low_open=True)
         check_range(self, "max_attempts", 1)
@@ -166,6 +169,7 @@ class EdgeJob:
             config.deadline_s,
             overcommit=config.overcommit,
             fraction=config.fraction,
+            lease_s=config.lease_s,
         )
         try:
             async with asyncio.timeout(config.deadline_s):

@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import random
 import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
-from actors.edge.client import EdgeClient
+from actors.edge.client import DownloadBrokenError, EdgeClient
 from actors.edge.config import SamplesConfig
+from actors.edge.device import TRANSIENT
 from actors.edge.state import Work
 from actors.edge.trainer import train_plan
 from actors.venn.client import Assignments, DeviceClient
 from actors.venn.security import SecurityConfig
 from raysys.config import check, check_choice, check_range
 from raysys.credentials import SECRET, revealed
-from raysys.errors import RaysysError
+from raysys.errors import RaysysError, RemoteError
 from raysys.federated.core.training import Samples
 from raysys.federated.swan.fleet import FleetDevice, draw_fleet
 from raysys.federated.swan.plans import PlanLimits, pack_update, unpack_weights
@@ -33,6 +38,8 @@ from raysys.federated.swan.willingness import backoff_s
 DONE, FAILED = 0, 2
 REST_S = 1.0  # a device leaves the round that it has just answered to others
 MOST_REST_S = 60.0
+TRIES = 6
+Result = TypeVar("Result")
 WORKLOAD_OF = {workload.name: workload for workload in WORKLOADS}
 
 
@@ -121,6 +128,7 @@ class SimulatedFleet:
         self._in_vain = np.zeros(config.count, dtype=np.int64)
         self._tasks: set[asyncio.Task[None]] = set()
         self._slots = asyncio.Semaphore(64)
+        self._trainer = ThreadPoolExecutor(1, "simulated-train", torch.set_num_threads, (1,))
 
     async def run(self) -> FleetReport:
         """Enrol all, then check in until the end.
@@ -128,7 +136,12 @@ class SimulatedFleet:
         Raises:
             RemoteError: the server cannot be reached or refuses the first device.
         """
-        started_s = time.monotonic()
+        try:
+            return await self._run(time.monotonic())
+        finally:
+            self._trainer.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, started_s: float) -> FleetReport:
         async with self._client(0) as client:
             await self._enrol(client, 0)
             await asyncio.gather(*(self._enrol(client, i) for i in range(1, self.config.count)))
@@ -218,15 +231,19 @@ class SimulatedFleet:
 
     async def _train(self, device: int, work: Work) -> bool:
         async with self._client(device, work.endpoint) as client:
-            planned = await client.plan(work, self.config.limits)
+            planned = await _patiently(lambda: client.plan(work, self.config.limits))
             work.model_bytes, work.nonce = planned.model_bytes, planned.nonce.hex()
             work.model_sha256 = planned.model_sha256.hex()
             content = self._models.get(planned.model_sha256)
             if content is None:
-                content = await client.download(work, b"")
+                content = await _patiently(lambda: _download(client, work))
                 self._models = {planned.model_sha256: content}
             weights = unpack_weights(content, planned.plan.spec, work.endpoint)
-            result = train_plan(planned.plan, weights, self._data(device))
+            # In a thread: whoever shares this event loop, such as a gateway, must not fall silent.
+            loop = asyncio.get_running_loop()
+            result = await loop.run_in_executor(
+                self._trainer, lambda: train_plan(planned.plan, weights, self._data(device))
+            )
             seconds = result.facts["steps"] * self.devices[device].step_s
             self.report.modelled_s += seconds
             joules = self.devices[device].step_j
@@ -235,7 +252,7 @@ class SimulatedFleet:
                 await asyncio.sleep(self.config.time_scale * seconds)
             told = {"seconds_per_step": self.devices[device].step_s, "joules": joules}
             update = pack_update(result.delta, {**result.facts, **told})
-            receipt = await client.upload(work, update)
+            receipt = await _patiently(lambda: client.upload(work, update))
         self.report.updates += 1
         self.report.accepted += bool(receipt.accepted)
         return bool(receipt.accepted)
@@ -281,3 +298,23 @@ class SimulatedFleet:
     def _count_error(self, error: RaysysError) -> None:
         text = str(error)[:120]
         self.report.errors[text] = self.report.errors.get(text, 0) + 1
+
+
+async def _patiently(ask: Callable[[], Awaitable[Result]]) -> Result:
+    """Try again after failures that pass, as a real device does."""
+    for failures in range(1, TRIES):
+        try:
+            return await ask()
+        except RemoteError as error:
+            if not error.reason.startswith(TRANSIENT):
+                raise
+        await asyncio.sleep(backoff_s(failures, random.random(), most_s=10.0))
+    return await ask()
+
+
+async def _download(client: EdgeClient, work: Work) -> bytes:
+    """A model, from its beginning."""
+    try:
+        return await client.download(work, b"")
+    except DownloadBrokenError as broken:
+        raise broken.cause from broken
