@@ -26,8 +26,8 @@ from raysys.federated.core.model import Mlp, ModelSpec, Weights
 from raysys.federated.core.partition import PartitionConfig, partition
 from raysys.federated.core.population import Population
 from raysys.federated.core.runner import run_round
-from raysys.federated.core.strategy import Strategy
-from raysys.federated.fedtrans.cells import Dense
+from raysys.federated.core.strategy import RoundReport, Strategy
+from raysys.federated.fedtrans.cells import Cell, Dense
 from raysys.federated.fedtrans.config import FedTransConfig, GrowthConfig
 from raysys.federated.fedtrans.network import CellNet
 from raysys.federated.fedtrans.recipe import simulated_speeds
@@ -102,13 +102,15 @@ def load(name: str, seed: int) -> FederatedData:
     )
 
 
-def make_arena(name: str, scheme: str, seed: int) -> Arena:
-    """Clients whose devices span 32 times in speed, log-uniformly; the slowest runs four units."""
+def make_arena(
+    name: str, scheme: str, seed: int, cells: tuple[Cell, ...] = (Dense(width=FIRST_WIDTH),)
+) -> Arena:
+    """Clients whose devices span 32 times in speed, log-uniformly; the slowest runs ``cells``."""
     data = load(name, seed)
     population = partition(data.targets, PARTITIONS[scheme], seed)
     net = CellNet(
         shape=tuple(data.inputs.shape[1:]),
-        cells=(Dense(width=FIRST_WIDTH),),
+        cells=cells,
         classes=data.classes or 0,
     )
     rates = simulated_speeds(CLIENTS, net.macs(), SPREAD, seed)
@@ -168,11 +170,14 @@ def play(
     rounds: int,
     budget: float | None = None,
     points: int = 12,
+    work: Callable[[RoundReport], float] | None = None,
 ) -> Outcome:
     """Train for so many rounds, or until the budget of multiply-accumulates is spent.
 
     Args:
         points: evaluations along the way, evenly over the rounds (or the budget).
+        work: multiply-accumulates of a round; None takes the report's, which are exact for
+            perceptrons.
     """
     job = FederatedJob(strategy, arena.population, arena.seed)
     samples = arena.data.samples()
@@ -180,7 +185,7 @@ def play(
     curve: list[tuple[float, float]] = []
     while job.round_id < rounds and (budget is None or macs < budget):
         report = run_round(job, samples)
-        macs += report.macs
+        macs += report.macs if work is None else work(report)
         moved += report.bytes_down + report.bytes_up
         done = job.round_id / rounds if budget is None else macs / budget
         if done * points >= len(curve) + 1:

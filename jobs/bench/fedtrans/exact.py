@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from raysys.federated.fedtrans.lineage import derive, first_model
 from raysys.federated.fedtrans.mixture import borrowed, mixed
 from raysys.federated.fedtrans.network import CellNet
 from raysys.federated.fedtrans.transform import (
+    Split,
     Step,
     apply_step,
     apply_weights,
@@ -42,17 +44,17 @@ from raysys.federated.fedtrans.transform import (
 )
 from raysys.federated.fedtrans.zoo import ZOO
 
+PRESERVING: tuple[Split, ...] = ("fresh", "uneven")
+
 
 def preserves(profile: Profile) -> Claim:
     """Largest relative change of the output after one operation, and after chains of four."""
     seeds = range(profile.pick(3, 20))
     single, chains = [], []
-    for net in ZOO.values():
-        for seed in seeds:
-            single += [
-                _change(net, [step], seed) for step in possible_steps(net, _factor(seed), seed)
-            ]
-            chains.append(_change(net, None, seed))
+    for net, seed, split in itertools.product(ZOO.values(), seeds, PRESERVING):
+        steps = possible_steps(net, _factor(seed), seed, split)
+        single += [_change(net, [step], seed, split) for step in steps]
+        chains.append(_change(net, None, seed, split))
     return Claim(
         name="preserves",
         value=max(*single, *chains),
@@ -64,9 +66,10 @@ def preserves(profile: Profile) -> Claim:
 
 
 def distinct_units(profile: Profile) -> Claim:
-    """Share of different hidden units 50 rounds after widening, ours and with equal split."""
+    """Share of different hidden units 50 rounds after widening, ours and with copied units."""
     seeds = profile.pick((1,), (1, 2, 3))
-    ours = [_distinct(seed, "uneven") for seed in seeds]
+    ours = [_distinct(seed, "fresh") for seed in seeds]
+    uneven = [_distinct(seed, "uneven") for seed in seeds]
     equal = [_distinct(seed, "equal") for seed in seeds]
     return Claim(
         name="distinct_units",
@@ -75,7 +78,7 @@ def distinct_units(profile: Profile) -> Claim:
         better="higher",
         baseline=Baseline(name="equal split, as printed", value=float(np.mean(equal))),
         ratio=float(np.mean(ours) / np.mean(equal)),
-        samples={"uneven": ours, "equal": equal},
+        samples={"fresh": ours, "uneven copies": uneven, "equal copies": equal},
         seeds=seeds,
     )
 
@@ -160,7 +163,7 @@ def _factor(seed: int) -> float:
     return 1.5 if seed % 2 else 2.0
 
 
-def _change(net: CellNet, steps: list[Step] | None, seed: int) -> float:
+def _change(net: CellNet, steps: list[Step] | None, seed: int, split: Split) -> float:
     """Largest relative change of outputs after steps, or after four drawn at random."""
     rng = np.random.default_rng(seed)
     values = net.initial(seed)
@@ -169,7 +172,7 @@ def _change(net: CellNet, steps: list[Step] | None, seed: int) -> float:
         inputs = torch.randn(16, *net.shape)
     before = _outputs(net, values, inputs)
     for number in range(4 if steps is None else len(steps)):
-        able = possible_steps(net, _factor(seed + number), seed + number)
+        able = possible_steps(net, _factor(seed + number), seed + number, split)
         step = able[int(rng.integers(len(able)))] if steps is None else steps[number]
         values, net = apply_weights(net, values, step), apply_step(net, step)
     after = _outputs(net, values, inputs)

@@ -56,8 +56,8 @@ class ClientManager:
         self.capacity[clients] = capacity
 
     def inherit(self, parent: int) -> None:
-        """Add a model whose utilities are its parent's."""
-        column = self._utility[:, parent : parent + 1]
+        """Add a model whose utilities are its parent's and the head start."""
+        column = self._utility[:, parent : parent + 1] + np.float32(self._config.head_start)
         self._utility = np.concatenate([self._utility, column], axis=1)
 
     def compatible(self, clients: IntArray, macs: Sequence[int], active: BoolArray) -> BoolArray:
@@ -107,7 +107,11 @@ class ClientManager:
         allowed: BoolArray,
         alike: FloatArray,
     ) -> None:
-        """``U[c][k] -= z_c * sim(k, M)`` for every compatible k, bounded.
+        """``U[c][k] -= z_c * sim(k, M)`` for every compatible k.
+
+        Only differences between a client's utilities matter: its best is 0, and the others are kept
+        within ``bound`` of it. Clipped one by one they would all end at the same bound, since a
+        client whose data are easy (or hard) is so for every model.
 
         Args:
             models: the model that each client trained, int64 [k]. losses: its loss, [k].
@@ -120,10 +124,11 @@ class ClientManager:
         if not len(clients):
             return
         z = self._standardised(models, losses)
-        step = np.where(allowed, z[:, None] * alike[models], 0.0)
-        bound = self._config.bound
-        moved = np.clip(self.utility(clients) - step, -bound, bound)
-        self._utility[clients] = moved.astype(np.float32)
+        utility = self.utility(clients)
+        moved = utility - z[:, None] * alike[models]
+        highest = np.where(allowed, moved, -np.inf).max(axis=1, keepdims=True)
+        moved = np.where(allowed, moved - highest, utility)
+        self._utility[clients] = np.clip(moved, -self._config.bound, 0.0).astype(np.float32)
         self._seen[clients] = True
 
     def state(self) -> dict[str, npt.NDArray[Any]]:

@@ -19,10 +19,11 @@ class GrowthConfig:
         smooth: rounds in the moving mean of the loss.
         alpha: cells more active than this share of the most active one are transformed.
         activeness_rounds: rounds averaged for the activeness (T).
-        widen: factor. split: "uneven", "equal" (as printed), or "noise".
+        widen: factor. split: how a wider cell gets its new units: "fresh", "uneven", "equal" (as
+            printed), or "noise"; see :class:`~raysys.federated.fedtrans.transform.Step`.
         select: "active", or "random" cells as many (ablation).
         warm_start: False draws new weights for a new model (ablation).
-        max_models: most models in training at once.
+        max_models: most models in training at once; each should get five clients a round.
         capacity_rounds: rounds in which the largest capacity must have been seen.
         end_round: no model is derived after this round, so that the last one has time to learn.
     """
@@ -35,11 +36,11 @@ class GrowthConfig:
     smooth: int = 5
     alpha: float = 0.9
     activeness_rounds: int = 5
-    widen: float = 2.0
-    split: str = "uneven"
+    widen: float = 4.0
+    split: str = "fresh"
     select: str = "active"
     warm_start: bool = True
-    max_models: int = 8
+    max_models: int = 4
     capacity_rounds: int = 50
     end_round: int | None = None
 
@@ -52,7 +53,7 @@ class GrowthConfig:
             check_range(self, "beta_relative", 0, 1)
         check_range(self, "alpha", 0, 1, high_open=True)
         check(self, "widen", 1 < self.widen <= 64, "a number above 1 and at most 64")
-        check_choice(self, "split", ("uneven", "equal", "noise"))
+        check_choice(self, "split", ("fresh", "uneven", "equal", "noise"))
         check_choice(self, "select", ("active", "random"))
         if self.end_round is not None:
             check_range(self, "end_round", 0)
@@ -93,9 +94,12 @@ class AssignmentConfig:
         sample_s: seconds that a device may spend on one sample's forward pass: its capacity in
             multiply-accumulates is ``population.rate_mac_s * sample_s``.
         temperature: of the softmax over utilities; 1 is the paper.
-        bound: largest absolute utility, so that probabilities never freeze.
+        bound: largest distance of a utility from the client's best, so that probabilities never
+            freeze.
         peers: participants of one model that make its own loss statistics; with fewer those of
             the whole round are used.
+        head_start: utility that a new model has above its parent's: it begins as the same function
+            and can learn more, so more than half of those that can run it should train it.
         retire_rounds, retire_share: a model that got a smaller share of the participants in so
             many rounds is retired, unless it is the smallest or the newest. 0 keeps all.
     """
@@ -104,6 +108,7 @@ class AssignmentConfig:
     temperature: float = 1.0
     bound: float = 8.0
     peers: int = 5
+    head_start: float = 1.0
     retire_rounds: int = 100
     retire_share: float = 0.02
 
@@ -112,6 +117,7 @@ class AssignmentConfig:
         check_range(self, "temperature", 0, low_open=True)
         check_range(self, "bound", 0, low_open=True)
         check_range(self, "peers", 2)
+        check_range(self, "head_start", 0, self.bound)
         check_range(self, "retire_rounds", 0)
         check_range(self, "retire_share", 0, 1)
 

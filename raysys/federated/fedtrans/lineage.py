@@ -13,14 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from raysys.errors import ConfigError
 from raysys.federated.core.model import FlatWeights
 from raysys.federated.fedtrans.network import CellNet, join, net_from_json
-from raysys.federated.fedtrans.transform import Step, apply_step, apply_weights
-
-Mask = npt.NDArray[np.bool_]
+from raysys.federated.fedtrans.transform import Mask, Step, apply_mask, apply_step, apply_weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,7 +160,7 @@ def project(
     of the child gets what unit 7 was made of.
 
     Returns:
-        float32 [P] and bool [P] of the descendant; parameters of inserted cells are False.
+        float32 [P] and bool [P] of the descendant; inserted cells and fresh units are False.
 
     Raises:
         ConfigError: ``ancestor`` is not one, or the weights are not the ancestor's.
@@ -172,12 +169,12 @@ def project(
     if ancestor not in line:
         raise ConfigError("ancestor", ancestor, f"one of {line}")
     net = family[ancestor].net
+    there: Mask = np.ones(net.n_params, dtype=bool)
     for descendant in reversed(line[: line.index(ancestor)]):
         for step in family[descendant].steps:
-            values = apply_weights(net, values, step)
-            net = apply_step(net, step)
-    there = [cell is not None for cell, _ in _trace(family, index, ancestor)]
-    return values, np.repeat(there, net.sizes())
+            there = apply_mask(net, there, step)
+            values, net = apply_weights(net, values, step), apply_step(net, step)
+    return values, there
 
 
 def crop(

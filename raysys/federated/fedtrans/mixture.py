@@ -16,13 +16,13 @@ from raysys.federated.core.aggregation import ModelSum
 from raysys.federated.core.model import FlatWeights
 from raysys.federated.fedtrans.config import MixtureConfig
 from raysys.federated.fedtrans.lineage import (
-    Mask,
     Model,
     ancestors,
     crop,
     project,
     similarity,
 )
+from raysys.federated.fedtrans.transform import Mask
 
 Carry = Callable[[Sequence[Model], FlatWeights, int, int], tuple[FlatWeights, Mask]]
 

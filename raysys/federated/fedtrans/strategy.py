@@ -135,6 +135,10 @@ class FedTrans:
             for part in self._lines[model].assign(round_id, clients[models == model])
         ]
 
+    def placed(self, clients: IntArray) -> IntArray:
+        """Model that each device of the open (or last) round was given, int64 [k]."""
+        return np.array([self._placed[client] for client in clients.tolist()], dtype=np.int64)
+
     def local_config(self, round_id: int) -> LocalConfig:
         """That of the first line."""
         return self._lines[0].local
@@ -300,7 +304,7 @@ class FedTrans:
     def _learn(self, round_id: int, report: RoundReport) -> None:
         table = report.table
         clients = table.clients[table.ok]
-        models = np.array([self._placed[client] for client in clients.tolist()], dtype=np.int64)
+        models = self.placed(clients)
         losses = 0.5 * (table.loss_first[table.ok] + table.loss_last[table.ok])
         self.manager.learn(
             clients, models, losses.astype(np.float64), self._allowed(clients), self._alike

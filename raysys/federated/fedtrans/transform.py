@@ -1,8 +1,9 @@
 """Widening and deepening as pure functions that do not change what the network computes.
 
-Section 3.3 of the paper. Where we differ: a copied unit's outgoing weights are shared out unevenly
-(shares drawn from U(0.2, 1), normalised). With the paper's equal shares all copies keep equal
-gradients for ever and the wider network never becomes richer than its parent.
+Section 3.3 of the paper copies units and shares their outgoing weights out evenly; all copies then
+keep equal gradients for ever, and the wider network never becomes richer than its parent. Where we
+differ: new units are drawn anew and nothing reads them yet. Copies with uneven shares (drawn from
+U(0.2, 1), normalised), which learn to differ more slowly, are a variant.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from raysys.federated.fedtrans.cells import Array
 from raysys.federated.fedtrans.network import STEMS, CellNet, join
 from raysys.federated.fedtrans.signal import Axis, Space, SpaceKey
 
-Split = Literal["uneven", "equal", "noise"]
+Split = Literal["fresh", "uneven", "equal", "noise"]
+SPLITS: tuple[Split, ...] = ("fresh", "uneven", "equal", "noise")
+Mask = npt.NDArray[np.bool_]
 SMALLEST_SHARE = 0.2
 NOISE = 0.1  # of a tensor's standard deviation, for the variant that is not function-preserving
 
@@ -34,20 +37,22 @@ class Step:
         op: "widen" or "deepen". cell: index in the network before the step.
         factor: how much wider; ignored by "deepen".
         seed: of the unit map, the shares and the new cell's start.
-        split: "uneven" (ours), "equal" (as printed), "noise" (equal, with noise on the copies).
+        split: how a wider cell gets its new units. "fresh": drawn anew, and nothing reads them yet;
+            "uneven": copies that share the outgoing weights unevenly; "equal": evenly, as printed;
+            "noise": evenly, with noise on the copies, which changes the function.
     """
 
     op: str
     cell: int
     factor: float = 2.0
     seed: int = 0
-    split: Split = "uneven"
+    split: Split = "fresh"
 
     def __post_init__(self) -> None:
         check_choice(self, "op", ("widen", "deepen"))
         check_range(self, "cell", 0)
         check(self, "factor", 1 < self.factor <= 64, "a number above 1 and at most 64")
-        check_choice(self, "split", ("uneven", "equal", "noise"))
+        check_choice(self, "split", SPLITS)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,12 +73,14 @@ def can_deepen(net: CellNet, cell: int) -> bool:
     return not isinstance(net.cells[cell], STEMS)
 
 
-def possible_steps(net: CellNet, factor: float = 2.0, seed: int = 0) -> list[Step]:
+def possible_steps(
+    net: CellNet, factor: float = 2.0, seed: int = 0, split: Split = "fresh"
+) -> list[Step]:
     """Every operation that a network allows, cell by cell."""
     steps = []
     for cell in range(len(net.cells)):
         if can_widen(net, cell):
-            steps.append(Step(op="widen", cell=cell, factor=factor, seed=seed))
+            steps.append(Step(op="widen", cell=cell, factor=factor, seed=seed, split=split))
         if can_deepen(net, cell):
             steps.append(Step(op="deepen", cell=cell, seed=seed))
     return steps
@@ -107,6 +114,8 @@ def apply_weights(net: CellNet, values: FlatWeights, step: Step) -> FlatWeights:
     parts = net.split(values)
     if step.op == "deepen":
         return join(_with_cell(net, parts, step))
+    if step.split == "fresh":
+        return join(_with_fresh_units(net, parts, step, apply_step(net, step).initial(step.seed)))
     rng = np.random.default_rng(step.seed)
     for part, space in sorted(net.cells[step.cell].spaces().items()):
         units = unit_map(space, _wider(space, step.factor), rng, step.split)
@@ -114,6 +123,27 @@ def apply_weights(net: CellNet, values: FlatWeights, step: Step) -> FlatWeights:
         if step.split == "noise":
             _disturb(net, parts, (step.cell, part), space.size, rng)
     return join(parts)
+
+
+def apply_mask(net: CellNet, mask: Mask, step: Step) -> Mask:
+    """Which parameters after a step carry on one of those in ``mask``, bool [P] both."""
+    parts = net.split(mask.astype(np.float32))
+    if step.op == "deepen":
+        leaving = net.signals()[step.cell + 1]
+        shapes = net.cells[step.cell].deepening(leaving).tensors(leaving, step.cell + 1)
+        parts.insert(step.cell + 1, [np.zeros(t.shape, dtype=np.float32) for t in shapes])
+    elif step.split == "fresh":
+        wide = apply_step(net, step)
+        nothing = np.zeros(wide.n_params, dtype=np.float32)
+        parts = _with_fresh_units(net, parts, step, nothing)
+    else:
+        rng = np.random.default_rng(step.seed)
+        for part, space in sorted(net.cells[step.cell].spaces().items()):
+            units = unit_map(space, _wider(space, step.factor), rng, step.split)
+            whole = UnitMap(units.source, np.ones(len(units.source)))
+            parts = _widen_space(net, parts, (step.cell, part), whole)
+    carried: Mask = join(parts) > 0
+    return carried
 
 
 def unit_map(space: Space, size: int, rng: np.random.Generator, split: Split) -> UnitMap:
@@ -138,7 +168,7 @@ def widen(
     cell: int,
     factor: float = 2.0,
     seed: int = 0,
-    split: Split = "uneven",
+    split: Split = "fresh",
 ) -> tuple[CellNet, FlatWeights, Step]:
     """Widen one cell; returns network, weights, and the step that projects relatives' weights."""
     step = Step(op="widen", cell=cell, factor=factor, seed=seed, split=split)
@@ -189,6 +219,24 @@ def _widen_space(
         [wider(values, info.axes) for values, info in zip(cell, infos)]
         for cell, infos in zip(parts, net.tensors())
     ]
+
+
+def _with_fresh_units(
+    net: CellNet, parts: list[list[Array]], step: Step, drawn: FlatWeights
+) -> list[list[Array]]:
+    """Old values in their old places; around them what ``drawn`` has, and 0 where it is read."""
+    spaces = {(step.cell, part) for part in net.cells[step.cell].spaces()}
+    wide = apply_step(net, step)
+    fresh = wide.split(drawn)
+    for olds, news, infos in zip(parts, fresh, wide.tensors()):
+        for old, new, info in zip(olds, news, infos):
+            for number, axis in enumerate(info.axes):
+                if axis.space in spaces and axis.role == "in":
+                    unread = [slice(None)] * new.ndim
+                    unread[number] = slice(old.shape[number], None)
+                    new[tuple(unread)] = 0.0
+            new[tuple(slice(0, side) for side in old.shape)] = old
+    return fresh
 
 
 def _disturb(

@@ -32,7 +32,9 @@ from raysys.federated.fedtrans.lineage import (
 from raysys.federated.fedtrans.network import CellNet, cell_from_dict, net_from_json
 from raysys.federated.fedtrans.signal import Space
 from raysys.federated.fedtrans.transform import (
+    Split,
     Step,
+    apply_mask,
     apply_step,
     apply_weights,
     deepen,
@@ -65,23 +67,28 @@ def test_layout_cost_and_text_agree_with_the_module(name: str) -> None:
 
 @pytest.mark.parametrize("name", ZOO)
 @pytest.mark.parametrize("factor", [1.5, 2.0, 3.0])
-def test_every_operation_preserves_the_function(name: str, factor: float) -> None:
+@pytest.mark.parametrize("split", ["fresh", "uneven"])
+def test_every_operation_preserves_the_function(name: str, factor: float, split: Split) -> None:
     net = ZOO[name]
     values = net.initial(1)
     before = outputs(net, values)
-    for step in possible_steps(net, factor, 3):
+    for step in possible_steps(net, factor, 3, split):
         after = outputs(apply_step(net, step), apply_weights(net, values, step))
         assert np.abs(after - before).max() <= 1e-5 * np.abs(before).max(), step
 
 
 @settings(max_examples=20)
-@given(name=st.sampled_from(sorted(ZOO)), seed=st.integers(0, 1000))
-def test_chains_of_four_preserve_the_function(name: str, seed: int) -> None:
+@given(
+    name=st.sampled_from(sorted(ZOO)),
+    seed=st.integers(0, 1000),
+    split=st.sampled_from(["fresh", "uneven"]),
+)
+def test_chains_of_four_preserve_the_function(name: str, seed: int, split: Split) -> None:
     rng = np.random.default_rng(seed)
     net, values = ZOO[name], ZOO[name].initial(seed)
     before = outputs(net, values)
     for _ in range(4):
-        able = possible_steps(net, 2.0, seed)
+        able = possible_steps(net, 2.0, seed, split)
         step = able[int(rng.integers(len(able)))]
         values, net = apply_weights(net, values, step), apply_step(net, step)
     assert np.abs(outputs(net, values) - before).max() <= 1e-5 * np.abs(before).max()
@@ -117,6 +124,25 @@ def test_equal_split_leaves_clones_and_shares_do_not() -> None:
         )
     assert gaps["equal"] < 1e-7
     assert gaps["uneven"] > 1e-4
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_fresh_units_are_all_different_and_learn_from_the_first_step(name: str) -> None:
+    net = ZOO[name]
+    for step in possible_steps(net, 2.0, 5):
+        if step.op != "widen":
+            continue
+        wide, values = apply_step(net, step), apply_weights(net, net.initial(4), step)
+        keep = apply_mask(net, np.ones(net.n_params, dtype=bool), step)
+        assert keep.sum() == net.n_params
+        assert np.isclose(np.sort(values[keep]), np.sort(net.initial(4))).all()
+        module = load_flat(wide.build(), values)
+        inputs = torch.randn(16, *net.shape, generator=torch.Generator().manual_seed(1))
+        module(inputs).square().sum().backward()
+        gradients = [p.grad.reshape(-1) for p in module.parameters() if p.grad is not None]
+        # What reads a new unit starts at zero and moves at once; what makes it follows.
+        unread = torch.from_numpy(~keep & (values == 0))
+        assert (torch.cat(gradients)[unread] != 0).any()
 
 
 def test_a_loss_curve_with_an_elbow_is_found_after_it() -> None:
@@ -157,9 +183,9 @@ def test_widening_and_deepening_alternate_and_weak_cells_go_first() -> None:
     assert not plan_transformation(model, active, config, model.net.macs(), 0, 1).steps
 
 
-def family_of_three() -> list[Model]:
+def family_of_three(split: Split = "uneven") -> list[Model]:
     first = first_model(CellNet(shape=(6,), cells=(Dense(width=4), Dense(width=4)), classes=3))
-    second = derive(first, 0, [Step(op="widen", cell=0, seed=2)], 10)
+    second = derive(first, 0, [Step(op="widen", cell=0, seed=2, split=split)], 10)
     third = derive(second, 1, [Step(op="deepen", cell=1), Step(op="deepen", cell=0)], 20)
     return [first, second, third]
 
@@ -183,6 +209,10 @@ def test_projection_carries_the_present_weights_through_the_stored_maps() -> Non
     assert np.abs(outputs(family[2].net, carried) - expected).max() < 1e-5
     sizes = family[2].net.sizes()
     assert there.sum() == sum(sizes) - sizes[1] - sizes[3]  # inserted cells have no counterpart
+    fresh = family_of_three("fresh")
+    anew, kept = project(fresh, values, 0, 2)
+    assert np.abs(outputs(fresh[2].net, anew) - expected).max() < 1e-5
+    assert kept.sum() == family[0].net.n_params  # nor have fresh units
     cropped, mask = crop(family, values, 0, 2)
     assert mask.sum() == family[0].net.n_params
     assert np.isclose(np.sort(cropped[mask]), np.sort(values)).all()

@@ -93,7 +93,7 @@ def test_speeds_are_simulated_or_measured(digits: FederatedData, tmp_path: Path)
 
 
 def test_a_job_accounts_for_its_growth(digits: FederatedData) -> None:
-    growth = GrowthConfig(delta=2, gamma=2, smooth=1, beta=10.0, max_models=4)
+    growth = GrowthConfig(delta=2, gamma=2, smooth=1, beta=10.0, max_models=4, widen=2.0)
     family = FamilyConfig(growth=growth, spread=8)
     net = first_net(family, ModelConfig(hidden=(4,)), digits)
     population = with_speeds(iid(len(digits.targets), 40, 0), net, family, 2)

@@ -43,7 +43,7 @@ from raysys.federated.fedtrans.transform import Step
 LOCAL = LocalConfig(steps=4, batch_size=5, lr=0.1)
 NET = CellNet(shape=(8,), cells=(Dense(width=4),), classes=3)
 CLIENTS = 30
-QUICK = GrowthConfig(delta=2, gamma=2, smooth=1, beta=10.0, max_models=4)
+QUICK = GrowthConfig(delta=2, gamma=2, smooth=1, beta=10.0, max_models=4, widen=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -199,13 +199,31 @@ def test_a_bad_loss_sends_a_client_elsewhere_and_numbers_stay_bounded() -> None:
     for _ in range(20):
         manager.learn(clients, models, losses, both, np.eye(2))
     found = manager.utility(clients)
-    assert found[6, 0] == -2.0  # a poor fit, bounded
-    assert found[0, 0] > 0
+    assert found[6].tolist() == [-2.0, 0.0]  # a poor fit, bounded
+    assert found[0].tolist() == [0.0, -2.0]
     assert manager.best(clients, both, [1, 2])[6] == 1
     before = manager.utility(clients)
     manager.learn(clients[:1], models[:1], np.array([np.nan]), both[:1], np.eye(2))
     manager.learn(clients[:1], models[:1], np.array([1.0]), both[:1], np.eye(2))  # no spread
     assert np.array_equal(manager.utility(clients), before)
+
+
+def test_what_tells_models_apart_outlives_hard_data_and_new_models_get_a_head_start() -> None:
+    manager = ClientManager(np.array([9.0, 9.0, 1.0]), AssignmentConfig(head_start=1.0), 0)
+    manager.inherit(0)
+    clients = np.arange(3)
+    allowed = manager.compatible(clients, [1, 2], np.ones(2, dtype=bool))
+    assert manager.best(clients, allowed, [1, 2]).tolist() == [1, 1, 0]
+    alike = np.array([[1.0, 0.5], [0.5, 1.0]])
+    losses = np.array([1.0, 9.0, 1.0])  # the second client's data are hard for any model
+    for models in ([0, 0, 0], [1, 1, 0]) * 20:
+        manager.learn(clients, np.array(models), losses, allowed, alike)
+    found = manager.utility(clients)
+    assert (found <= 0).all()
+    assert (found[allowed.any(axis=1)].max(axis=1) == 0).all()
+    # It tried both equally often: the head start is what is left.
+    assert found[1] == pytest.approx([-1.0, 0.0], abs=1e-5)
+    assert manager.best(clients, allowed, [1, 2])[1] == 1
 
 
 @pytest.mark.parametrize("projection", ["lineage", "crop"])
