@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raysys.federated.auxo.clustering import NONE, nearest
+from raysys.federated.auxo.clustering import NONE
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -32,14 +32,27 @@ class AnchorView:
     centroids: FloatArray
     reach: FloatArray
 
-    def place(self, sketch_nD: FloatArray) -> IntArray:
-        """Part of each update; NONE for one that is beyond the reach of the nearest."""
+    def place(
+        self, sketch_nD: FloatArray, closed_nK: npt.NDArray[np.bool_] | None = None
+    ) -> tuple[IntArray, IntArray]:
+        """Nearest part of each update and the next one, int64 [n] each.
+
+        Args:
+            closed_nK: parts that have refused a client and are left out.
+
+        Returns:
+            NONE for whom the nearest part is out of reach; and NONE for a next part out of reach.
+        """
         centred = sketch_nD - self.mean
         length = np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
         points = (centred / length) @ self.basis
-        found = nearest(points, self.centroids)
-        gap = np.linalg.norm(points - self.centroids[found], axis=1)
-        return np.where(gap <= self.reach[found], found, NONE)
+        gaps = np.linalg.norm(points[:, None] - self.centroids[None], axis=2)
+        if closed_nK is not None:
+            gaps = np.where(closed_nK, np.inf, gaps)
+        order = gaps.argsort(axis=1, kind="stable")
+        inside = np.take_along_axis(gaps <= self.reach, order, axis=1)
+        first, second = (np.where(inside[:, k], order[:, k], NONE) for k in (0, 1))
+        return first, np.where(first >= 0, second, NONE)
 
 
 def anchor_view(

@@ -267,14 +267,18 @@ class Auxo:
         alone = len(leaves) == 1
         blocked = self.table.blocked(clients)
         member = (rewards > 0) & ~blocked[:, None] if not alone else ~blocked[:, None]
-        homeless = self.forest.homeless(clients, leaves)
+        homeless = self.forest.homeless(clients, leaves) & self.forest.gathers
         eps = [self._exploration(round_id, int(leaf)) for leaf in leaves]
         explore = np.array(eps)[rewards.argmax(axis=1)] if not alone else np.zeros(len(clients))
         nursery = np.searchsorted(leaves, self.forest.nursery(clients))
         seed = self.forest.facts.seed
         ranked = rank_leaves(rewards, explore, nursery, homeless, clients, seed, round_id)
         self.explored += int((ranked[0] != rewards.argmax(axis=1)).sum()) if not alone else 0
-        return *ranked, member
+        first, second, gap = ranked
+        rows = np.arange(len(clients))
+        # Whom its cohort has accepted does not go to one that has not, however near the rewards.
+        stays = (rewards[rows, first] > 0) & (rewards[rows, second] <= 0)
+        return first, second, np.where(stays, np.inf, gap), member
 
     def _exploration(self, round_id: int, leaf: int) -> float:
         age = max(0, round_id - self.forest.cohorts[leaf].opened)

@@ -152,6 +152,13 @@ class Cohort:
             views[view.model] = anchor_view(view.sketch, unit, labels, basis, self.parts)
         return Anchor(self.line, views)
 
+    def inherit(self, parent: Cohort, anchor: Anchor) -> None:
+        """Start from the directions that a parent knew, without those that told its parts apart."""
+        for model, view in anchor.views.items():
+            if model in parent._spaces:
+                spread = (view.centroids - view.centroids.mean(axis=0)) @ view.basis.T
+                self._spaces[model] = parent._spaces[model].without(spread)
+
     def decide(
         self, round_id: int, sizes: IntArray, leaves: int, clients_per_round: float
     ) -> SplitReport:
@@ -217,15 +224,27 @@ class Cohort:
             self._restart(self.parts, table)
 
     def _most_stable(self) -> int:
-        """The largest K whose stability is close to the best, and good enough; 0 for none.
+        """The largest K that is stable enough and stands out; 0 for none.
 
-        The largest K above a fixed bar would take five parts for four groups: cutting one true
+        It stands out if its stability is close to the best, or above that of both its neighbours:
+        where two of four groups are alike, two parts are stable before four are, three never. The
+        largest K above a fixed bar would take five parts for four groups, since cutting one true
         group in two loses little stability.
         """
         means = {k: _mean(v) for k, v in self._stability.items() if len(v) >= FEWEST_VALUES}
-        if not means or max(means.values()) < self._config.stab_min:
-            return 0
-        return max(k for k, value in means.items() if value >= max(means.values()) - NEAR_BEST)
+        best = max(means.values(), default=0.0)
+        return max(
+            (
+                k
+                for k, value in means.items()
+                if value >= self._config.stab_min
+                and (
+                    value >= best - NEAR_BEST
+                    or value >= max(means.get(k - 1, 0.0), means.get(k + 1, 0.0)) + NEAR_BEST
+                )
+            ),
+            default=0,
+        )
 
     def _restart(self, parts: int, table: AffinityTable) -> None:
         table.clear_labels(self.number)
@@ -310,7 +329,7 @@ class Cohort:
         for name, cross in state.items():
             if name.startswith("space."):
                 space = SignalSpace(len(cross), self._config.subspace_decay)
-                space.cross = np.array(cross, dtype=np.float64)
+                space.cross = np.array(cross)
                 self._spaces[int(name.removeprefix("space."))] = space
 
 

@@ -19,7 +19,7 @@ class RuleConfig:
         gate: "corrected" compares noise-corrected dispersions, "literal" is the published
             criterion, "none" leaves the decision to stability, agreement and coverage.
         own_centroid: keep a client's own update in the centroid it is compared with (published).
-        scale: "robust" is median + 2 MAD of the members, "mean_std" is published.
+        scale: "robust" is median + 4 MAD of the members, "mean_std" is published.
         propagation: "negative" lends failures to related cohorts, weighted like the reward;
             "printed" adds every reward, undamped (published).
         probation: an update of a newcomer is not folded until its cohort has accepted one.
@@ -74,10 +74,10 @@ class AuxoConfig:
     gamma: float = 0.2
     eps_0: float = 0.1
     eps_decay: float = 0.97
-    start_round: int = 5
+    start_round: int = 2
     stab_min: float = 0.8
     agree_min: float = 0.85
-    cover: float = 0.6
+    cover: float = 0.3
     dispersion_max: float = 0.6
     p_min: int = 10
     min_share: float = 0.1

@@ -13,10 +13,12 @@ import dataclasses
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse.linalg import eigsh
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 RESAMPLES = 200
+FEW_DIMS, MOST_PARTS = 512, 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +52,7 @@ class SignalSpace:
     """
 
     def __init__(self, dim: int, decay: float) -> None:
-        self.cross = np.zeros((dim, dim))
+        self.cross = np.zeros((dim, dim), dtype=np.float64 if dim <= FEW_DIMS else np.float32)
         self._decay = decay
         self._basis: FloatArray | None = None
 
@@ -63,18 +65,37 @@ class SignalSpace:
             right = second - second.mean(axis=0)
             length = np.maximum(np.linalg.norm(left + right, axis=1, keepdims=True), 1e-12)
             left, right = left / length, right / length
-        product = left.T @ right / len(units_nD)
-        self.cross = self._decay * self.cross + (1 - self._decay) * (product + product.T) / 2
+        left, right = (side.astype(self.cross.dtype) for side in (left, right))
+        product = left.T @ (right * ((1 - self._decay) / len(units_nD)))
+        if first_nD is not None:
+            product = (product + product.T) / 2
+        product += self._decay * self.cross
+        self.cross = product
         self._basis = None
 
     def project(self, units_nD: FloatArray, dims: int) -> FloatArray:
         """Coordinates [n, dims] in the leading directions."""
         return units_nD @ self.basis(dims)
 
+    def without(self, rows_kD: FloatArray) -> SignalSpace:
+        """A copy that knows nothing of the span of some directions."""
+        axes, sizes, _ = np.linalg.svd(rows_kD.T, full_matrices=False)
+        axes = axes[:, sizes > 1e-9 * sizes.max(initial=1e-12)]
+        axes = axes.astype(self.cross.dtype)
+        left = self.cross - axes @ (axes.T @ self.cross)
+        copy = SignalSpace(len(self.cross), self._decay)
+        copy.cross = left - (left @ axes) @ axes.T
+        return copy
+
     def basis(self, dims: int) -> FloatArray:
         """The leading directions, [D, dims]."""
-        if self._basis is None:
-            self._basis = np.linalg.eigh(self.cross)[1][:, ::-1]
+        if self._basis is None or self._basis.shape[1] < dims:
+            if len(self.cross) <= FEW_DIMS:
+                self._basis = np.linalg.eigh(self.cross)[1][:, ::-1]
+            else:  # the few that are asked for, from a fixed start, so that a resumed job agrees
+                some, start = max(dims, MOST_PARTS), np.ones_like(self.cross[0])
+                values, vectors = eigsh(self.cross, k=some, which="LA", v0=start, tol=1e-4)
+                self._basis = vectors[:, np.argsort(-values)]
         return self._basis[:, :dims]
 
 

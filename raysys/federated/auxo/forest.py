@@ -20,6 +20,8 @@ from raysys.federated.core.messages import IntArray
 from raysys.federated.core.strategy import JobFacts, StateArrays, Strategy
 
 MILD = -0.3
+FEWEST_LOST = 0.2
+FIRST_PART, SECOND_PART = 0.1, 0.05
 
 
 class Forest:
@@ -38,6 +40,7 @@ class Forest:
         self.events: list[dict[str, Any]] = []
         self.gathering = -1
         self.foundlings: list[int] = []
+        self.gathers = False
         self._make_inner = make_inner
         self._table: AffinityTable | None = None
         self._facts: JobFacts | None = None
@@ -108,6 +111,10 @@ class Forest:
         if len(leaves) > 1:
             clients = self.table.state()["clients"]
             lost = clients[self.homeless(clients, leaves)]
+            # A few odd clients are no group: they go on looking for the least bad cohort.
+            self.gathers = len(lost) >= FEWEST_LOST * self.config.min_share * len(clients)
+            if not self.gathers:
+                return found
             for leaf, count in zip(*np.unique(self.nursery(lost), return_counts=True)):
                 found[int(leaf)] += float(count)
         return found
@@ -132,6 +139,7 @@ class Forest:
         if not self.anchors or not self.config.rules.anchors:
             return found
         wanted = ~member.any(axis=1) & (self.table.placements(clients) < MOST_PLACEMENTS)
+        wanted &= ~self.table.blocked(clients)  # member of nothing, but placed
         for place in np.flatnonzero(wanted).tolist():
             at = ROOT
             while at in self.anchors:
@@ -156,12 +164,16 @@ class Forest:
             assert table.sketch is not None
             part = rows[models == model]
             clients = table.clients[part]
-            labels = anchor.views[model].place(table.sketch[part].astype(np.float64))
+            rewards = np.minimum(self.table.rewards(clients), 0.0)
+            closed = self.table.tried(clients)[:, children] & (rewards[:, children] < 0)
+            sketch = table.sketch[part].astype(np.float64)
+            labels, next_best = anchor.views[model].place(sketch, closed)
             self.table.set_labels(clients, number, labels, round_id)
             self.table.note_placement(clients, round_id)
-            rewards = np.minimum(self.table.rewards(clients), 0.0)
-            found = np.flatnonzero(labels >= 0)
-            rewards[found, children[labels[found]]] = 0.1
+            # Where the nearest part refuses the client, the next one is tried without an anchor.
+            for found, reward in ((next_best, SECOND_PART), (labels, FIRST_PART)):
+                some = np.flatnonzero(found >= 0)
+                rewards[some, children[found[some]]] = reward
             self.table.set_rewards(clients, rewards, round_id)
 
     def consider_split(self, round_id: int, cohort: Cohort) -> Anchor | None:
@@ -190,6 +202,7 @@ class Forest:
         self.table.inherit(cohort.number, children, fresh)
         for child in children:
             self.add_cohort(child, self.copy_of(cohort.line), round_id + 1)
+            self.cohorts[child].inherit(cohort, anchor)
         evidence = plain(self.reports[cohort.number])
         self.log(round_id, "split", cohort=cohort.number, into=children, evidence=evidence)
         self.anchors[cohort.number] = anchor

@@ -12,6 +12,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from raysys.errors import ConfigError
 from raysys.federated.auxo.affinity import AffinityEntry, AffinityRecord, AffinityTable
+from raysys.federated.auxo.anchor import AnchorView
 from raysys.federated.auxo.clustering import (
     adjusted_rand,
     kmeans,
@@ -19,6 +20,7 @@ from raysys.federated.auxo.clustering import (
     split_half_stability,
     unit_rows,
 )
+from raysys.federated.auxo.cohort import Cohort
 from raysys.federated.auxo.config import AuxoConfig, RuleConfig, published
 from raysys.federated.auxo.evidence import SignalSpace, dispersion, dispersion_terms
 from raysys.federated.auxo.placement import DECLINED, make_quotas
@@ -190,6 +192,52 @@ def test_quotas_fill_the_demand_and_never_exceed_it(
     placed = [leaf for leaf in taken if leaf != DECLINED]
     assert len(placed) == demand
     assert quotas.take(leaves[0], leaves[0], 0.0) == DECLINED
+
+
+def test_an_anchor_names_the_nearest_part_and_the_next_within_reach() -> None:
+    view = AnchorView(np.zeros(2), np.eye(2), np.eye(2), np.array([0.9, 1.5]))
+    updates = np.array([[3.0, 0.1], [1.0, 1.0], [-1.0, -1.0]])
+    first, second = view.place(updates)
+    assert first.tolist() == [0, 0, -1]
+    assert second.tolist() == [1, 1, -1]
+    closed = np.array([[True, False], [False, True], [True, True]])
+    first, second = view.place(updates, closed)
+    assert first.tolist() == [1, 0, -1]
+    assert second.tolist() == [-1, -1, -1]
+
+
+@pytest.mark.parametrize(
+    ("stability", "parts"),
+    [
+        ({2: 0.97, 3: 0.90, 4: 0.98, 5: 0.83, 6: 0.69}, 4),  # both two and four are near the best
+        ({2: 0.96, 3: 0.64, 4: 0.84, 5: 0.71, 6: 0.57}, 4),  # four stand out, though two are better
+        ({2: 1.0, 3: 0.89, 4: 0.83, 5: 0.75, 6: 0.62}, 2),  # ever finer cuts of two groups
+        ({2: 0.42, 3: 0.55, 4: 0.93, 5: 0.85, 6: 0.6}, 4),  # not five: that cuts one group in two
+        ({2: 0.5, 3: 0.79, 4: 0.4, 5: 0.4, 6: 0.3}, 0),
+        ({}, 0),
+    ],
+)
+def test_the_number_of_parts_is_one_that_stands_out(
+    stability: dict[int, float], parts: int
+) -> None:
+    cohort = Cohort(0, None, 0, AuxoConfig(), 0)
+    for k, value in stability.items():
+        cohort._stability[k].extend([value] * 3)
+    assert cohort._most_stable() == parts
+
+
+def test_a_long_sketch_gives_the_same_directions_and_forgets_those_of_a_split() -> None:
+    rng = np.random.default_rng(5)
+    axes = np.linalg.qr(rng.standard_normal((600, 3)))[0].T
+    strength = np.array([3.0, 2.0, 1.0]) * rng.standard_normal((200, 3))
+    units = unit_rows(strength @ axes + 0.01 * rng.standard_normal((200, 600)))
+    space = SignalSpace(600, 0.5)
+    space.add(units, None, units)
+    whole = np.linalg.eigh(space.cross.astype(np.float64))[1][:, ::-1][:, :3]
+    assert np.allclose(np.abs(whole.T @ space.basis(3)), np.eye(3), atol=1e-3)
+    rest = space.without(axes[:1])
+    assert np.abs(axes[0] @ rest.basis(2)).max() < 1e-3
+    assert np.linalg.norm(axes[1:] @ rest.basis(2)) == pytest.approx(2**0.5, rel=0.02)
 
 
 def test_requests_for_cohorts_that_split_merged_or_never_were() -> None:

@@ -177,6 +177,31 @@ def test_an_ensemble_lives_in_every_cohort() -> None:
     assert np.array_equal(restored.weights(plan[1][0]), strategy.weights(plan[1][0]))
 
 
+def test_whom_a_cohort_has_accepted_stays_there_and_a_few_odd_ones_gather_nowhere() -> None:
+    job, strategy = auxo_job(dataclasses.replace(CONFIG, eps_0=0.0))
+    samples = population().data.samples()
+    run_rounds(job, samples, 30)
+    home, other = strategy.tree.leaves
+    clients = np.arange(10)
+    rewards = np.zeros((10, len(strategy.tree.nodes)))
+    rewards[:, home], rewards[:, other] = 0.02, -0.01
+    strategy.table.set_rewards(clients, rewards, 30)
+    strategy.demand(30)
+    strategy._quotas.places[home] = 0  # full: the other cohort is near, but has not accepted them
+    strategy._quotas.offers = 1000
+    assert strategy.assign(30, clients) == []
+    # Homeless in both: a few of them go on looking, as many as a part needs gather.
+    rewards[:, home] = -1.0
+    everybody = np.arange(CLIENTS)
+    for lost, gathers in ((2, False), (10, True)):
+        strategy.table.set_rewards(everybody, np.full((CLIENTS, rewards.shape[1]), 0.2), 30)
+        strategy.table.note_placement(clients, 30)
+        strategy.table.exhaust(clients, 2)
+        strategy.table.set_rewards(clients[:lost], rewards[:lost], 30)
+        strategy.demand(30)
+        assert strategy.forest.gathers is gathers
+
+
 def test_cohorts_serve_another_job_and_freeze() -> None:
     job, strategy = auxo_job()
     samples = population().data.samples()
