@@ -64,6 +64,14 @@ def test_unknown_commands_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert device(["join", "--set", "server=nowhere"]) == 2
 
 
+def test_a_device_listens_for_a_while(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["listen", "--listen", "127.0.0.1:0", "--run-dir", str(tmp_path / "run")]
+    words += ["--set", "duration_s=0.05", "--set", f"device.state={tmp_path / 'state'}"]
+    assert device(words) == 0
+    assert "device 127.0.0.1:" in capsys.readouterr().out
+    assert (tmp_path / "state" / "device.json").exists()
+
+
 def test_relay_passes_bytes_on_and_cuts() -> None:
     import socket
     import threading
