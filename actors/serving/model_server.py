@@ -1,12 +1,13 @@
-"""Ray Serve LLM's server of one model with two faults of the pair Ray 2.60 and vLLM 0.29 mended.
+"""Ray Serve LLM's server of one model with three faults of Ray 2.60 and vLLM 0.29 together mended.
 
 What vLLM raises about a request is not always of the two types that Ray expects, and became a
-server error; and Ray looks for vLLM's tokenizer routes under a name of another version.
+server error; Ray looks for vLLM's tokenizer routes under a name of another version; and a dead
+engine's exception made Ray Serve's controller import vLLM, and stand still meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 from jinja2 import TemplateError
@@ -29,9 +30,32 @@ class ModelServer(LLMServer):  # type: ignore[misc]
             routes = getattr(self.engine._app_state, "serving_tokenization", None)
             self.engine._oai_serving_tokenization = routes
 
+    async def check_health(self) -> None:
+        """Asked by Ray Serve's controller.
+
+        Raises:
+            RuntimeError: the engine is dead.
+        """
+        await in_built_in_words(super().check_health())
+
     async def _run_request(self, request: Any, *, engine_method: str, **options: Any) -> Any:
         answers = await super()._run_request(request, engine_method=engine_method, **options)
         return refusing(answers, FIELDS.get(engine_method))
+
+
+async def in_built_in_words(check: Awaitable[None]) -> None:
+    """Await a check; its failure becomes a built-in type.
+
+    The controller must import what defines the type: vLLM takes seconds, two minutes on a busy
+    machine, in which no replica of any application is replaced.
+
+    Raises:
+        RuntimeError: the check failed.
+    """
+    try:
+        await check
+    except Exception as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
 
 async def refusing(answers: AsyncIterator[Any], field: str | None) -> AsyncIterator[Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import warnings
-from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,83 +19,19 @@ pytest.importorskip("vllm", reason="the ingress needs vLLM: run `make setup`")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # deprecations inside Ray, vLLM and FastAPI
     import httpx
-    from ray import cloudpickle, serve
-    from ray.llm._internal.serve.core.configs.openai_api_models import ModelCard
-    from vllm.exceptions import VLLMValidationError
-
-    from actors.serving.ingress import make_ingress
-    from actors.serving.model_server import refusing
+    from ray import serve
 
 from actors.serving.admission import AdmissionConfig
 from actors.serving.config import EngineConfig, ServingConfig
-from actors.serving.ledger import QoELedger
-from raysys.config import config_to_dict
+from tests.actors.serving_echo import MODEL, Served, chat, send
 from tests.jobs.serving_fuzz import fuzz_app
 
-CHAT = "/v1/chat/completions"
-MODEL = "echo"
-TEXT = ("The ", "sky ", "is ", "blue")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-class Echo:
-    """A deployment handle: streams four tokens; ``fail`` in the prompt kills the engine."""
-
-    def __init__(self) -> None:
-        self.seen: list[Any] = []
-        self.closed = 0
-        self.fault: Exception | None = None
-        self.chat = self.completions = self.tokenize = self.detokenize = self
-
-    def options(self, **options: Any) -> Echo:
-        return self
-
-    async def remote(self, body: Any, raw: Any) -> AsyncIterator[Any]:
-        body = cloudpickle.loads(cloudpickle.dumps(body))  # an engine is another process
-        self.seen.append(body)
-        text = str(getattr(body, "messages", ""))
-        if self.fault is not None:
-            raise self.fault
-        try:
-            for number, token in enumerate(TEXT):
-                if "fail" in text and number == 2:
-                    raise RuntimeError("EngineDeadError")
-                event = {"choices": [{"index": 0, "delta": {"content": token}}]}
-                yield f"data: {json.dumps(event, separators=(',', ':'))}\n\n"
-                await asyncio.sleep(0.01)
-            yield "data: [DONE]\n\n"
-        finally:
-            self.closed += 1
-
-
-class Served:
-    """The application with one ingress behind it."""
-
-    def __init__(self, settings: ServingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.echo = Echo()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.app, made = make_ingress()
-        monkeypatch.setattr("actors.serving.ingress.QoELedger", lambda: QoELedger(metrics=False))
-        card = ModelCard(id=MODEL, object="model", owned_by="raysys", permission=[], metadata={})
-        cls: Any = made.__mro__[1]
-        self.ingress = cls({MODEL: self.echo}, {MODEL: card}, settings=config_to_dict(settings))
-        context = SimpleNamespace(servable_object=self.ingress)
-        monkeypatch.setattr(serve, "get_replica_context", lambda: context)
-
-    def client(self) -> httpx.AsyncClient:
-        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-        return httpx.AsyncClient(transport=transport, base_url="http://page.test")
 
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Served:
     return Served(ServingConfig(admission=AdmissionConfig(max_inflight=3)), monkeypatch)
-
-
-def chat(content: str = "Hi", **more: Any) -> dict[str, Any]:
-    body = {"model": MODEL, "messages": [{"role": "user", "content": content}], "stream": True}
-    return body | more
 
 
 def test_targets_and_switches_reach_the_engine(served: Served) -> None:
@@ -134,158 +69,6 @@ def test_only_json_is_read(served: Served, kind: str | None) -> None:
     assert answer.status_code == 415
     assert answer.json()["error"]["param"] == "content-type"
     assert asyncio.run(go({"Content-Type": "Application/JSON; charset=utf-8"})).status_code == 200
-
-
-def send(served: Served, body: Any, path: str = CHAT, **headers: Any) -> httpx.Response:
-    async def go() -> httpx.Response:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        async with served.client() as client:
-            kind = {"Content-Type": "application/json"}
-            return await client.post(path, content=data, headers=kind | headers)
-
-    return asyncio.run(go())
-
-
-def with_message(**message: Any) -> dict[str, Any]:
-    return {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}, message]}
-
-
-ASSISTANT = {"role": "assistant", "content": None}
-
-
-@pytest.mark.parametrize(
-    ("body", "field"),
-    [
-        # The two that a fuzz of the real engine found: a message of another format, no role.
-        (with_message(author={"role": "user"}, content=[]), "messages[1].role"),
-        (with_message(content="Hi"), "messages[1].role"),
-        (with_message(role=5, content="Hi"), "messages[1].role"),
-        (with_message(role="developer", content=[1]), "messages[1].content[0]"),
-        (with_message(role="developer", content={}), "messages[1].content"),
-        (with_message(role="user", content=5), "messages[1].content"),
-        (
-            with_message(role="user", content=[{"type": "text", "text": 5}]),
-            "messages[1].content[0].text",
-        ),
-        (with_message(role="user", content=[{"type": "text"}]), "messages[1].content[0].text"),
-        (with_message(**ASSISTANT, tool_calls=5), "messages[1].tool_calls"),
-        (with_message(**ASSISTANT, tool_calls="f"), "messages[1].tool_calls"),
-        ({"model": MODEL, "messages": [None]}, "messages[0]"),
-        ({"model": MODEL, "messages": "Hi"}, "messages"),
-        ({"model": MODEL}, "messages"),
-        (chat(max_tokens="many"), "max_tokens"),
-        (chat(top_logprobs=3), "top_logprobs"),
-        (chat(kv_transfer_params={"prompt_token_ids": [-1]}), "kv_transfer_params"),
-        (b'{"model": "echo", "messages": [], "max_tokens": NaN}', "max_tokens"),
-        (b'{"model": "echo", "messages": [], "max_tokens": "\\ud800"}', "max_tokens"),
-        (b"[1]", None),
-        (b"[" * 50_000, None),
-    ],
-)
-def test_bodies_that_no_engine_can_read_are_refused_by_name(
-    served: Served, body: Any, field: str | None
-) -> None:
-    answer = send(served, body)
-    assert answer.status_code == 400, answer.text
-    error = answer.json()["error"]
-    assert error["param"] == field, error
-    assert error["type"] == "invalid_request_error"
-    assert not served.echo.seen
-
-
-def test_lists_of_parts_and_calls_reach_the_engine(served: Served) -> None:
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    messages = [
-        {**ASSISTANT, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "1", "content": "x"},
-        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
-    ]
-    body = chat(messages=messages)
-    assert send(served, body).status_code == 200
-    [seen] = served.echo.seen
-    assert seen.messages[0]["tool_calls"] == [call]
-    assert seen.messages[2]["content"] == [{"type": "text", "text": "Hi"}]
-
-
-@pytest.mark.parametrize(
-    ("xargs", "field"),
-    [('{"qoe_tenant": "\\ud800"}', "qoe_tenant"), ('{"x": [1, 1180591620717411303424]}', "x")],
-)
-def test_fields_that_cannot_be_sent_are_refused(served: Served, xargs: str, field: str) -> None:
-    body = json.dumps(chat())[:-1] + f', "vllm_xargs": {xargs}}}'
-    answer = send(served, body.encode())
-    assert answer.status_code == 422, answer.text
-    assert answer.json()["error"]["param"] == field
-
-
-def test_unknown_models_and_odd_headers_are_refused_by_name(served: Served) -> None:
-    answer = send(served, json.dumps(chat()).replace(MODEL, "\\ud800").encode())
-    assert answer.status_code == 404
-    assert answer.json()["error"] | {"message": ""} == {
-        "message": "", "type": "not_found_error", "param": "model", "code": 404
-    }  # fmt: skip
-    answer = send(served, chat(), **{"X-Request-Id": b"\xff"})
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == "x-request-id"
-
-
-def engine_raising(error: Exception, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the engine raise, behind the replica's own wrapper."""
-    served.echo.fault = error
-    plain = served.echo.remote
-    monkeypatch.setattr(
-        served.echo, "remote", lambda body, raw: refusing(plain(body, raw), "messages")
-    )
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "field"),
-    [
-        (TypeError("TextEncodeInput must be ..."), 400, "messages"),
-        (OverflowError("number too large to fit in target type"), 400, "messages"),
-        (NotImplementedError("no such thing"), 400, "messages"),
-        (RuntimeError("EngineDeadError"), 500, None),
-        (KeyError("block"), 500, None),
-    ],
-)
-def test_complaints_about_the_request_are_the_clients_and_faults_are_ours(
-    served: Served,
-    monkeypatch: pytest.MonkeyPatch,
-    error: Exception,
-    status: int,
-    field: str | None,
-) -> None:
-    engine_raising(error, served, monkeypatch)
-    answer = send(served, chat(stream=False))
-    assert answer.status_code == status, answer.text
-    assert answer.json()["error"]["param"] == field
-    assert served.ingress.gate.inflight.total() == 0
-
-
-def test_an_engines_complaint_keeps_its_field_and_is_short() -> None:
-    from actors.serving.refusals import engine_error, from_engine
-
-    told = from_engine(
-        engine_error(VLLMValidationError("bad", parameter="seed", value="9" * 10**6))
-    )
-    assert (told.status, told.field) == (400, "seed")
-    assert len(told.response().body) < 2000
-    told = from_engine(SimpleNamespace(
-        error=SimpleNamespace(code=400, message="x (parameter=seed, value=1)", param=None)
-    ))  # fmt: skip
-    assert told.field == "seed"
-
-
-def test_an_error_in_mid_stream_is_no_refusal() -> None:
-    async def answers() -> AsyncIterator[str]:
-        yield "first"
-        raise TypeError("ours")
-
-    async def go() -> list[str]:
-        return [answer async for answer in refusing(answers(), None)]
-
-    with pytest.raises(TypeError, match="ours"):
-        asyncio.run(go())
 
 
 def test_each_answer_takes_a_place_and_the_worst_one_counts(served: Served) -> None:
