@@ -29,6 +29,10 @@ from raysys.federated.fedtrans.config import (
     MixtureConfig,
 )
 
+RIVALS = (
+    "fedavg small", "heterofl", "splitmix", "fluid", "fedrolex", "fedavg middle",
+    "fedavg unlimited",
+)  # fmt: skip
 PRINTED = ("heterofl", "splitmix", "fluid")  # the rivals of the paper
 EVERYBODY = 10**6  # no model has so many participants: losses are compared over all models
 UNBOUNDED = 1e6
@@ -39,17 +43,11 @@ def vs_rivals(profile: Profile) -> Claim:
     rounds, seeds = profile.pick((150, (1,)), (400, (1, 2, 3)))
     tasks = [(name, scheme) for name in data_sets() for scheme in PARTITIONS]
     tasks = profile.pick(tasks[:1], tasks)
+    places = [
+        {"data": name, "split": scheme, "seed": seed} for name, scheme in tasks for seed in seeds
+    ]
     config = FedTransConfig(growth=growing(rounds))
-    pieces = []
-    for name, scheme in tasks:
-        for seed in seeds:
-            where = {"data": name, "split": scheme, "seed": seed}
-            key = {**where, "rounds": rounds, "config": dataclasses.asdict(config)}
-            label = f"rivals-{name}-{scheme.replace(' ', '-')}-{seed}"
-            measure = functools.partial(_contest, where, config, rounds)
-            pieces.append(Piece(label, key, measure))
-    found = measure_pieces(profile.partial, pieces)
-    table = {method: [entry[method] for entry in found] for method in found[0]}
+    table = _table(profile.partial, places, config, rounds)
     means = {
         name: statistics.fmean(row["accuracy"] for row in rows) for name, rows in table.items()
     }
@@ -131,24 +129,65 @@ def _variants(rounds: int) -> dict[str, FedTransConfig]:
     }
 
 
-def _contest(where: dict[str, Any], config: FedTransConfig, rounds: int) -> dict[str, Any]:
-    """One population: a row for FedTrans and for every rival."""
-    arena = make_arena(where["data"], where["split"], where["seed"])
+def _table(
+    folder: str, places: list[dict[str, Any]], config: FedTransConfig, rounds: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows of FedTrans and of every rival, one a population; a piece is one run."""
+    known = {"rounds": rounds, "config": dataclasses.asdict(config)}
+    ours = measure_pieces(
+        folder,
+        [
+            Piece(f"fedtrans-{_label(place)}", {**place, **known},
+                  functools.partial(_family, place, config, rounds))
+            for place in places
+        ],
+    )  # fmt: skip
+    pieces = []
+    for place, row in zip(places, ours):
+        for rival in RIVALS:
+            key = {**place, "rival": rival, "macs": row["macs"], "sizes": row["sizes"]}
+            measure = functools.partial(
+                _rival, place, rival, row["macs"], tuple(row["sizes"]), rounds
+            )
+            pieces.append(Piece(f"{rival}-{_label(place)}".replace(" ", "-"), key, measure))
+    found = iter(measure_pieces(folder, pieces))
+    table: dict[str, list[dict[str, Any]]] = {"fedtrans": ours}
+    for _ in places:
+        for rival in RIVALS:
+            table.setdefault(rival, []).append(next(found))
+    return table
+
+
+def _label(place: dict[str, Any]) -> str:
+    return "-".join(str(value).replace(" ", "-") for value in place.values())
+
+
+def _arena(place: dict[str, Any]) -> Arena:
+    return make_arena(place["data"], place["split"], place["seed"])
+
+
+def _family(place: dict[str, Any], config: FedTransConfig, rounds: int) -> dict[str, Any]:
+    arena = _arena(place)
     ours = fedtrans(arena, config)
-    outcome = play(arena, ours, rounds)
-    models = [model.net.macs() for model in ours.family()]
-    rows = {"fedtrans": {**where, **dataclasses.asdict(outcome), "models": models}}
-    for rival, make in rivals(arena, full_sizes(ours)).items():
-        played = play(arena, make(), 20 * rounds, budget=outcome.macs)
-        rows[rival] = {**where, **dataclasses.asdict(played)}
-    return rows
+    outcome = dataclasses.asdict(play(arena, ours, rounds))
+    return {**place, **outcome, "models": ours.macs(), "sizes": full_sizes(ours)}
+
+
+def _rival(
+    place: dict[str, Any], rival: str, macs: float, sizes: tuple[int, ...], rounds: int
+) -> dict[str, Any]:
+    """One rival with FedTrans's largest model as its full one, stopped at FedTrans's work."""
+    arena = _arena(place)
+    played = play(arena, rivals(arena, sizes)[rival](), 20 * rounds, budget=macs)
+    return {**place, **dataclasses.asdict(played)}
 
 
 def _alone(name: str, seed: int, config: FedTransConfig, rounds: int) -> dict[str, Any]:
-    arena: Arena = make_arena(name, "dirichlet", seed)
+    place = {"data": name, "split": "dirichlet", "seed": seed}
+    arena = _arena(place)
     strategy = fedtrans(arena, config)
     outcome = dataclasses.asdict(play(arena, strategy, rounds, points=1))
-    return {**outcome, "models": [model.net.macs() for model in strategy.family()]}
+    return {**outcome, "models": strategy.macs()}
 
 
 def _macs_ratio(table: dict[str, list[dict[str, Any]]], rival: str) -> float | None:

@@ -32,9 +32,10 @@ FIRST = (Conv(channels=2, pool=True), Conv(channels=4, pool=True))
 
 def conv_family(profile: Profile) -> Claim:
     """Mean client accuracy of a convolutional family and of its first model, at equal work."""
-    rounds, seeds = profile.pick((30, (1,)), (200, (1,)))
+    rounds, seeds = profile.pick((40, (1,)), (200, (1,)))
+    soon = profile.pick({"delta": 6, "gamma": 4, "beta": 0.02}, {})
     # Twice the channels of one layer are twice the work of two layers.
-    config = FedTransConfig(growth=growing(rounds, widen=2.0))
+    config = FedTransConfig(growth=growing(rounds, widen=2.0, **soon))
     pieces = []
     for name in profile.pick(data_sets()[:1], data_sets()):
         for seed in seeds:
