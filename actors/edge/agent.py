@@ -26,7 +26,7 @@ from raysys.credentials import revealed
 from raysys.errors import ConfigError, RemoteError
 from raysys.federated.swan.energy import EnergyLoan
 from raysys.federated.swan.plans import PlanRefusedError
-from raysys.federated.swan.willingness import backoff_s, quiet_left_s, refusal
+from raysys.federated.swan.willingness import backoff_s, home_of, quiet_left_s, refusal
 
 LEAST_REST_S = 0.1  # after a lease in vain, whatever the settings: never spin
 
@@ -178,11 +178,13 @@ class DeviceAgent:
             raise RemoteError(
                 self.device.config.server, "UNAVAILABLE: it names no gateway", "Set gateways"
             )
-        address = gateways[random.randrange(len(gateways))]
+        device_id = bytes.fromhex(self.device.state.device_id)
+        # The next one only while its own does not answer: it holds no lease then.
+        place = home_of(device_id, len(gateways)) + self._failures
+        address = gateways[place % len(gateways)]
         columns = [np.array([self._attribute(n)], np.float32) for n in self.device.state.attributes]
         mean_ms = self.device.state.mean_sample_ms or self.device.state.sample_ms
         speed = (np.array([self.device.state.sample_ms / mean_ms]), np.ones(1))
-        device_id = bytes.fromhex(self.device.state.device_id)
         try:
             async with self.device.gateway(address) as client:
                 offer = await client.check_in(device_id, columns, 0, speed)

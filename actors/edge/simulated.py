@@ -8,6 +8,7 @@ phone on the cores that Swan, or the greedy baseline, would use.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import random
 import time
@@ -33,7 +34,7 @@ from raysys.federated.core.training import Samples
 from raysys.federated.swan.fleet import FleetDevice, draw_fleet
 from raysys.federated.swan.plans import PlanLimits, pack_update, unpack_weights
 from raysys.federated.swan.soc import BETAS, WORKLOADS
-from raysys.federated.swan.willingness import backoff_s
+from raysys.federated.swan.willingness import backoff_s, home_of
 
 DONE, FAILED = 0, 2
 REST_S = 1.0  # a device leaves the round that it has just answered to others
@@ -145,16 +146,28 @@ class SimulatedFleet:
         async with self._client(0) as client:
             await self._enrol(client, 0)
             await asyncio.gather(*(self._enrol(client, i) for i in range(1, self.config.count)))
+        if not self._gateways:
+            reason = "UNAVAILABLE: it names no gateway"
+            raise RemoteError(self.config.server, reason, "Give the service's venn.gateways")
         self.report.enrolled = len(self._tokens)
         self.report.enrolled_s = time.monotonic() - started_s
         ready = np.zeros(self.config.count)
-        async with self._gateway() as gateway:
+        homes = np.array([home_of(device, len(self._gateways)) for device in self._ids])
+        async with contextlib.AsyncExitStack() as stack:
+            gateways = [
+                await stack.enter_async_context(self._gateway(address))
+                for address in self._gateways
+            ]
             while not self._over(started_s):
-                due = np.flatnonzero(ready <= time.monotonic())[: self.config.batch]
-                if not len(due):
+                idle = True
+                for number, gateway in enumerate(gateways):
+                    now_s = time.monotonic()
+                    due = np.flatnonzero((ready <= now_s) & (homes == number))[: self.config.batch]
+                    if len(due):
+                        idle = False
+                        await self._check_in(gateway, due, ready)
+                if idle:
                     await asyncio.sleep(0.02)
-                    continue
-                await self._check_in(gateway, due, ready)
             if self._tasks:
                 await asyncio.gather(*self._tasks)
         self.report.seconds = time.monotonic() - started_s
@@ -291,9 +304,9 @@ class SimulatedFleet:
         security = dataclasses.replace(self.config.security, token=self._tokens.get(device, ""))
         return EdgeClient(address or self.config.server, self._ids[device], security)
 
-    def _gateway(self) -> DeviceClient:
+    def _gateway(self, address: str) -> DeviceClient:
         security = dataclasses.replace(self.config.security, token=self._tokens[0])
-        return DeviceClient(self._gateways[0], security, self._schema)
+        return DeviceClient(address, security, self._schema)
 
     def _count_error(self, error: RaysysError) -> None:
         text = str(error)[:120]

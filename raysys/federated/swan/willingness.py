@@ -88,6 +88,14 @@ def quiet_left_s(config: WillingnessConfig, local_s: float) -> float:
     return left
 
 
+def home_of(device: bytes, gateways: int) -> int:
+    """Which of several gateways a device keeps to: leases are kept per gateway.
+
+    The same rule by which a sharded gateway tells its own devices.
+    """
+    return int.from_bytes(device[:8], "little") % gateways
+
+
 def backoff_s(failures: int, fraction: float, first_s: float = 0.5, most_s: float = 300.0) -> float:
     """Wait after ``failures`` failed tries in a row: doubling, with full jitter.
 

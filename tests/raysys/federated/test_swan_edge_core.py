@@ -35,6 +35,7 @@ from raysys.federated.swan.soc import RESNET34, SHUFFLENETV2
 from raysys.federated.swan.willingness import (
     WillingnessConfig,
     backoff_s,
+    home_of,
     parse_hours,
     quiet_left_s,
     refusal,
@@ -229,6 +230,8 @@ def test_willingness() -> None:
     for text in ("25-3", "a-b", "7", "5-5"):
         with pytest.raises(ConfigError, match="quiet_hours"):
             parse_hours(text)
+    homes = [home_of(bytes([n]) + bytes(15), 3) for n in range(6)]
+    assert homes == [0, 1, 2, 0, 1, 2], "a device keeps to one of several gateways"
     waits = [backoff_s(n, 0.5) for n in range(1, 40)]
     assert waits == sorted(waits)
     assert waits[-1] <= 300.0
