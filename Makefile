@@ -1,5 +1,6 @@
 # make run    environment + the main job        make test   environment + lint, types, layers, tests
 # make setup  the environment alone             make clean  remove environment and caches
+# make docs   the reference, into build/docs    make audit  known vulnerabilities, licences
 #
 # One environment, .venv/. A stamp file remembers what was installed, so a second run starts at once.
 
@@ -27,7 +28,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Ray stores its usage statistics choice; raysys never reports from a user's machine.
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: run test setup setup-test lint types layers unit format clean
+.PHONY: run test setup setup-test lint types layers unit format docs audit clean
 
 run: setup
 	$(BIN)/python -m jobs.tour
@@ -68,6 +69,19 @@ unit: setup-test
 format: setup-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# A warning of pdoc's (an annotation or a docstring that it cannot read) fails the target.
+docs: setup
+	$(PIP) $(CONSTRAINTS) --editable ".[docs]"
+	@mkdir -p build
+	$(BIN)/python -m pdoc --docformat google --output-directory build/docs raysys '!raysys._app' \
+		2> build/docs.log || { cat build/docs.log; exit 1; }
+	@if grep Warn: build/docs.log; then exit 1; fi
+	@echo "reference: build/docs/index.html"
+
+audit: setup
+	$(PIP) $(CONSTRAINTS) --editable ".[audit]"
+	$(BIN)/python -m raysys.cli.audit
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*

@@ -25,8 +25,6 @@ from raysys.training.lte.grouping import expert_count
 
 Mode = Literal["dense", "soft", "hard", "hard_scaled", "topk"]
 MODES = ("dense", "soft", "hard", "hard_scaled", "topk")
-# (x [T, D], z [T, N], a [T, F], gate) -> weights [T, N] or [T, F], or None for "all on".
-Selector = Callable[[Tensor, Tensor, Tensor, "Gate"], Tensor | None]
 
 
 class Router(nn.Module):
@@ -119,6 +117,10 @@ class Gate:
         if weights is None:
             return None
         return (scale(a, weights), *arguments[1:])
+
+
+# (x [T, D], z [T, N], a [T, F], gate) -> weights [T, N] or [T, F], or None for "all on".
+Selector = Callable[[Tensor, Tensor, Tensor, Gate], Tensor | None]
 
 
 def scale(a: Tensor, weights: Tensor) -> Tensor:
