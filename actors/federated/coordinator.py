@@ -43,7 +43,7 @@ EXPLAIN_FILE = "explain.json"
 PROBE_CLIENTS = 256
 KEEP_SUMMARIES = 16
 WORKERS_PER_COMBINER = 8
-INLINE_BYTES = 80_000  # Ray keeps arguments below 100 KiB in the call itself
+INLINE_BYTES = 96 * 1024  # Ray keeps arguments below 100 KiB in the call itself
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

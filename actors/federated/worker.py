@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from raysys.federated.core.calibration import time_rungs
-from raysys.federated.core.combining import split_sums
+from raysys.federated.core.combining import Sums, split_sums
 from raysys.federated.core.datasets import as_samples
 from raysys.federated.core.evaluation import Score, client_scores, evaluate
 from raysys.federated.core.messages import Partial, TrainTask
@@ -70,7 +70,7 @@ class WorkerActor:
         weights_KP: npt.NDArray[np.float32],
         task: TrainTask,
         controls_kP: npt.NDArray[np.float32] | None = None,
-    ) -> tuple[Partial, npt.NDArray[np.float64]]:
+    ) -> tuple[Partial, Sums]:
         """As :meth:`train`, with the large sums apart, for a combiner to fetch."""
         return split_sums(self.train(weights_KP, task, controls_kP))
 

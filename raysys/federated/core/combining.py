@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 
-from raysys.federated.core.messages import FloatArray, IntArray, Partial
+from raysys.federated.core.messages import Float32Array, FloatArray, IntArray, Partial
+
+Sums: TypeAlias = FloatArray | Float32Array
 
 
-def combine_sums(presents: Sequence[IntArray], sums: Sequence[FloatArray]) -> FloatArray:
+def combine_sums(presents: Sequence[IntArray], sums: Sequence[Sums]) -> FloatArray:
     """Add tasks' sums of updates, in order.
 
     Args:
         presents: rows of the round's models that each task trained, int64 [R].
-        sums: weighted sums of updates, float64 [R, P] each.
+        sums: weighted sums of updates, float64 or float32 [R, P] each.
 
     Returns:
         float64 [U, P], a row for each of the U different models, rising.
@@ -32,7 +35,7 @@ def combine_sums(presents: Sequence[IntArray], sums: Sequence[FloatArray]) -> Fl
     return total
 
 
-def split_sums(partial: Partial) -> tuple[Partial, FloatArray]:
+def split_sums(partial: Partial) -> tuple[Partial, Sums]:
     """A partial without its large sums, and the sums."""
     empty = np.zeros((len(partial.present), 0))
     return dataclasses.replace(partial, sum_delta=empty), partial.sum_delta

@@ -130,7 +130,8 @@ class Partial:
 
     Args:
         present: rows of the stacked weights that this task trained, int64 [R], rising.
-        sum_delta: weighted sums of updates, float64 [R, P]. sum_weight: of weights, float64 [R].
+        sum_delta: weighted sums of updates, [R, P]: float64, or float32 where that says it all (a
+            task of one chunk). sum_weight: of weights, float64 [R].
         sum_scalar: the denominators of q-FedAvg, float64 [R]; zero otherwise.
         loss_first, loss_last, norm: float32 [k]; the norm is that before clipping.
         n_samples: int64 [k]. status: int8 [k]. sketch, sketch_half: float32 [k, D] or None.
@@ -148,7 +149,7 @@ class Partial:
     clients: IntArray
     rows: IntArray
     present: IntArray
-    sum_delta: FloatArray
+    sum_delta: Float32Array | FloatArray
     sum_weight: FloatArray
     sum_scalar: FloatArray
     loss_first: Float32Array

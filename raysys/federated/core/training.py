@@ -99,7 +99,8 @@ class TaskFold:
         self.n_samples = counts
         self._task = task
         self._present, self._own_row = np.unique(task.rows, return_inverse=True)
-        self._sum = np.zeros((len(self._present), n_params))
+        self._n_params = n_params
+        self._sum: npt.NDArray[Any] | None = None
         self._weight = np.zeros(len(self._present))
         self._scalar = np.zeros(len(self._present))
         self._columns = np.zeros((3, k), dtype=np.float32)
@@ -174,6 +175,9 @@ class TaskFold:
     def result(self) -> Partial:
         """The finished partial."""
         task, groups = self._task, self._updates
+        sums = self._sum
+        if sums is None:
+            sums = np.zeros((len(self._present), self._n_params), dtype=np.float32)
         if task.local_noise:  # what is not noisy does not leave the client
             self._columns[:] = np.nan
         return Partial(
@@ -184,7 +188,7 @@ class TaskFold:
             clients=task.clients,
             rows=task.rows,
             present=self._present,
-            sum_delta=self._sum,
+            sum_delta=sums,
             sum_weight=self._weight,
             sum_scalar=self._scalar,
             loss_first=self._columns[0],
@@ -243,10 +247,21 @@ class TaskFold:
         here = (rows[None, :] == present[:, None]) & kept[None, :]
         # One product for all models reads the updates once.
         mix = torch.from_numpy(np.where(here, weight * factor, 0.0).astype(np.float32))
-        for row, part in zip(present.tolist(), (mix @ delta).numpy()):
-            self._sum[row] += part  # in place: indexing by the array would copy all rows
+        self._add_rows(present, (mix @ delta).numpy())
         self._weight[present] += (here * weight).sum(axis=1)
         self._scalar[present] += (here * scalar).sum(axis=1)
+
+    def _add_rows(self, present: IntArray, sums: npt.NDArray[np.float32]) -> None:
+        """Add a chunk's sums; those of the only chunk stay float32, which is half the message."""
+        if self._sum is None and len(present) == len(self._present):
+            self._sum = sums
+            return
+        if self._sum is None:
+            self._sum = np.zeros((len(self._present), self._n_params))
+        elif self._sum.dtype == np.float32:
+            self._sum = self._sum.astype(np.float64)
+        for row, part in zip(present.tolist(), sums):
+            self._sum[row] += part  # in place: indexing by the array would copy all rows
 
     def _noise(self, places: IntArray, n_params: int) -> npt.NDArray[np.float32]:
         task = self._task

@@ -95,7 +95,7 @@ class BufferedEnsemble(FedEnsemble):
         for version in np.unique(versions).tolist():
             then = versions == version
             models[then] = self.schedule.next_models(clients[then], version)
-        self._placed.update(zip(clients.tolist(), models.tolist()))
+        self._placed.append((clients, models))
         self._answers += np.bincount(models, minlength=self.config.k)
         self._counts = self._answers
         keys = self.config.k * (versions + 1) + models

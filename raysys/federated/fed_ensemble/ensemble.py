@@ -89,7 +89,7 @@ class FedEnsemble:
         self.replaced: list[tuple[int, int]] = []
         self._schedule: PermutationSchedule | None = None
         self._seed = 0
-        self._placed: dict[int, int] = {}
+        self._placed: list[tuple[IntArray, IntArray]] = []
         self._counts = np.zeros(config.k, dtype=np.int64)
         self._coverage = np.zeros((0, 0), dtype=np.int64)
         self._folded: dict[int, ModelSum] = {}
@@ -147,7 +147,7 @@ class FedEnsemble:
             models = np.zeros(len(clients), dtype=np.int64)
         else:
             models = self.schedule.place(clients, round_id, self._counts)
-        self._placed.update(zip(clients.tolist(), models.tolist()))
+        self._placed.append((clients, models))
         arranged = clients[np.argsort(models, kind="stable")]
         assignments = []
         begin = 0
@@ -206,8 +206,7 @@ class FedEnsemble:
         warm = round_id < self.config.warm_rounds
         if not warm:
             clients = table.clients[table.ok]
-            placed = [self._placed[client] for client in clients.tolist()]
-            self.accept_many(clients, np.array(placed, dtype=np.int64))
+            self.accept_many(clients, self._placed_models(clients))
         folded, self._folded = self._folded, {}
         if self.config.share == "trunk" and folded:
             folded = _share_trunk(folded, self._trunk, self.config.k)
@@ -305,6 +304,15 @@ class FedEnsemble:
     def _trunk(self) -> int:
         """Number of leading parameters that a shared trunk holds."""
         return sum(layout_of(self.spec).sizes[:-2])
+
+    def _placed_models(self, clients: IntArray) -> IntArray:
+        """Models that these clients were given in this round."""
+        if not len(clients):
+            return np.empty(0, dtype=np.int64)
+        known, models = (np.concatenate(part) for part in zip(*self._placed))
+        order = np.argsort(known)
+        found: IntArray = models[order[np.searchsorted(known, clients, sorter=order)]]
+        return found
 
     def _mend(self, round_id: int) -> None:
         for member in range(self.config.k):

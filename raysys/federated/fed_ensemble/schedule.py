@@ -109,7 +109,8 @@ class PermutationSchedule:
         places, orders = self._orders(clients)
         models = orders[np.arange(len(clients)), places]
         counts += np.bincount(models, minlength=self.k)
-        if self._balances and counts.max() > 2 * counts.min():
+        held = counts.tolist()
+        if self._balances and max(held) > 2 * min(held):
             self._balance(clients, models, counts, places, orders)
         return models
 
