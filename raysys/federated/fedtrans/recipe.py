@@ -16,10 +16,12 @@ from raysys.federated.core.datasets import FederatedData, must_exist
 from raysys.federated.core.population import Population
 from raysys.federated.core.recipe import ModelConfig
 from raysys.federated.fedtrans.cells import Cell, Conv, Dense
-from raysys.federated.fedtrans.config import AssignmentConfig as AssignmentConfig
-from raysys.federated.fedtrans.config import FedTransConfig
-from raysys.federated.fedtrans.config import GrowthConfig as GrowthConfig
-from raysys.federated.fedtrans.config import MixtureConfig as MixtureConfig
+from raysys.federated.fedtrans.config import (  # noqa: F401 - types of inherited fields, for `make docs`
+    AssignmentConfig,
+    FedTransConfig,
+    GrowthConfig,
+    MixtureConfig,
+)
 from raysys.federated.fedtrans.network import CellNet, cell_from_dict
 
 FloatArray = npt.NDArray[np.float64]
