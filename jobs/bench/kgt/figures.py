@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.bench.kgt.tasks import CURVE_ROWS
 from raysys.errors import DataError, RaysysError
 from raysys.report import Cell, Plot, Section, Table, new_figure, render_page, series_color
 from raysys.report.figures import INK
@@ -102,7 +103,10 @@ def accuracy_plot(rows: Rows) -> Plot:
     axes.set_xlabel("CPU seconds")
     axes.set_ylabel("test accuracy, %")
     axes.legend(fontsize=8, ncols=2)
-    caption = "Means over seeds; the dot is the end of training. The axis shows the last 12 points."
+    caption = (
+        "Means over seeds; the axis shows the last 12 points. The dot is the end of training, on all "
+        f"test examples; points before it are on the first {CURVE_ROWS}, so the last step may jump."
+    )
     return Plot(title="Accuracy against CPU time", caption=caption, figure=figure)
 
 
