@@ -75,7 +75,8 @@ class FleetConfig:
         unit_s: seconds of a one-prime-core step on the reference phone, for a realistic model.
         link_s: median time to move model and update; log-normal, sigma 1.
         online: share of the time in which a phone is plugged out, idle and connected.
-        rounds: most rounds. target: accuracy that ends the training.
+        rounds: most rounds. target: accuracy, mean of the last ``smooth`` rounds, that ends the
+            training; with 1 a lucky round does.
         local_steps: local steps charged to a phone per round.
     """
 
@@ -89,6 +90,7 @@ class FleetConfig:
     online: float = 0.3
     rounds: int = 200
     target: float = 0.9
+    smooth: int = 1
     local_steps: int = 100
     seed: int = 0
     loan: LoanConfig = dataclasses.field(default_factory=LoanConfig)
@@ -103,6 +105,7 @@ class FleetConfig:
             check_range(self, name, 0)
         check_range(self, "unit_s", 0, low_open=True)
         check_range(self, "rounds", 1)
+        check_range(self, "smooth", 1)
         check_range(self, "local_steps", 1)
 
 
@@ -160,8 +163,9 @@ def run_fleet(
         accepted = fleet.round(round_id)
         clients = np.unique(accepted % population.n_clients)
         _learn(strategy, population, samples, clients, round_id, config.seed)
-        accuracy = accuracy_of(strategy)
-        history.append((fleet.now_s, fleet.joules, accuracy))
+        history.append((fleet.now_s, fleet.joules, accuracy_of(strategy)))
+        recent = [row[2] for row in history[-config.smooth :]]
+        accuracy = sum(recent) / config.smooth  # below the target while there are too few
         if accuracy >= config.target:
             break
     days = max(fleet.now_s / DAY_S, 1.0)

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from raysys.errors import ConfigError, DataError, InfeasibleError
 from raysys.federated.core.fedavg import FedAvg
@@ -16,8 +17,9 @@ from raysys.federated.core.model import Cnn, FromFactory, Mlp, ModelSpec, layout
 from raysys.federated.core.population import Population
 from raysys.federated.core.serialize import pack_arrays
 from raysys.federated.core.strategy import JobFacts
+from raysys.federated.core.training import Samples
 from raysys.federated.swan.energy import Battery
-from raysys.federated.swan.fleet import FleetConfig, _Fleet, draw_fleet
+from raysys.federated.swan.fleet import FleetConfig, FleetOutcome, _Fleet, draw_fleet, run_fleet
 from raysys.federated.swan.plans import (
     Plan,
     PlanLimits,
@@ -264,3 +266,27 @@ def test_fleet_pays_for_exploring_and_saves_when_it_owes() -> None:
     assert (owing_s >= fresh_s).all()
     assert (owing_j <= fresh_j).all()
     assert owing_j.sum() < 0.95 * fresh_j.sum()
+
+
+def test_fleet_ends_when_the_mean_of_some_rounds_reaches_the_target() -> None:
+    rng = np.random.default_rng(0)
+    samples = Samples(
+        torch.from_numpy(rng.standard_normal((40, 4), dtype=np.float32)),
+        torch.from_numpy(rng.integers(0, 2, 40)),
+    )
+    population = Population(offsets=np.arange(0, 41, 4), sample_ids=np.arange(40, dtype=np.int32))
+
+    def run(policy: str) -> FleetOutcome:
+        told = iter([0.95, 0.1, 0.95, 0.95, 0.1])
+        config = FleetConfig(
+            devices=10, per_round=3, online=1.0, policy=policy, target=0.9, smooth=2, rounds=5
+        )
+        line = FedAvg(SPEC, LocalConfig(), 3)
+        return run_fleet(config, SHUFFLENETV2, line, population, samples, lambda _: next(told))
+
+    swan, greedy = run("swan"), run("greedy")
+    assert (swan.reached, swan.rounds, swan.accuracy) == (True, 4, 0.95)
+    assert [row[2] for row in swan.history] == [0.95, 0.1, 0.95, 0.95]
+    assert greedy.rounds == 4
+    assert greedy.seconds > swan.seconds
+    assert greedy.joules > 2 * swan.joules
