@@ -67,8 +67,9 @@ class DeviceAgent:
         """Work until stopped or until ``rounds`` updates were sent; returns their number.
 
         Raises:
-            RemoteError: enrolment was refused.
+            RemoteError: enrolment was refused. StorageError: another device has this state folder.
         """
+        self.device.folder.lock()
         try:
             await self._enrol()
             while not self._finished():
@@ -76,6 +77,7 @@ class DeviceAgent:
         finally:
             self._trainer.shutdown(wait=True)
             self.device.save()
+            self.device.folder.unlock()
         return self.errand.updates
 
     def _finished(self) -> bool:

@@ -54,6 +54,7 @@ from raysys.federated.swan.willingness import refusal
 CHUNK_BYTES = 256 * 1024
 PROGRESS_S = 0.25
 FOLDER = "steered"
+KEPT_STOPPED = 3
 
 
 @dataclass(slots=True)
@@ -95,6 +96,7 @@ class DeviceControl(rpc.SwanDeviceServicer):  # type: ignore[misc]
         most = config.limits.max_model_bytes + 2**20
         options = [("grpc.max_receive_message_length", most)]
         checks = interceptors(config.security, self.device.clock)
+        self.device.folder.lock()
         self._server = grpc.aio.server(options=options, interceptors=checks)
         rpc.add_SwanDeviceServicer_to_server(self, self._server)
         self.port = server_port(self._server, address, config.security)
@@ -110,6 +112,7 @@ class DeviceControl(rpc.SwanDeviceServicer):  # type: ignore[misc]
             self._server = None
         self._trainer.shutdown(wait=True)
         self.device.save()
+        self.device.folder.unlock()
 
     @typed
     async def Plan(self, request: Any, context: Any) -> Any:
@@ -183,6 +186,8 @@ class DeviceControl(rpc.SwanDeviceServicer):  # type: ignore[misc]
         if not isinstance(plain, dict):
             raise ConfigError("profile", "(text)", "a JSON object")
         check_plain(plain, self.profiles.kind)
+        if not list(self._places(plain)):
+            raise ConfigError("profile.choices", "(others)", "choices that this device has")
         self._given = dict(list({**self._given, request.key: plain}.items())[-KEPT:])
         return pb.Ack(accepted=True)
 
@@ -229,6 +234,7 @@ class DeviceControl(rpc.SwanDeviceServicer):  # type: ignore[misc]
         self, plan: TrainingPlan, weights: npt.NDArray[np.float32], folder: Path, running: _Running
     ) -> bytes:
         """In the training thread: the whole local training; the packed update."""
+        _forget_old(folder)
         key = self.profiles.key(plan)
         own = self.profiles.own(key)
         known = own or self._given.get(key)
@@ -240,17 +246,19 @@ class DeviceControl(rpc.SwanDeviceServicer):  # type: ignore[misc]
         ) as engine:
             engine.pilot.loan.load(self.loan.state())
             running.engine = engine
-            result = train_plan(
-                plan,
-                weights,
-                self.samples,
-                engine=engine,
-                folder=folder,
-                stopped=running.stopped,
-                progress=running.progress,
-            )
-            self.loan.load(engine.pilot.loan.state())
-            self.device.state.loan = self.loan.state()
+            try:
+                result = train_plan(
+                    plan,
+                    weights,
+                    self.samples,
+                    engine=engine,
+                    folder=folder,
+                    stopped=running.stopped,
+                    progress=running.progress,
+                )
+            finally:  # a training that was stopped has borrowed as well
+                self.loan.load(engine.pilot.loan.state())
+                self.device.state.loan = self.loan.state()
             plain = {**engine.pilot.profile.to_plain(), "device": self.profiles.kind}
             if plain["choices"] and not engine.pilot.exploring:
                 self.profiles.remember(key, plain)
@@ -270,6 +278,14 @@ class DeviceControl(rpc.SwanDeviceServicer):  # type: ignore[misc]
             choice="pause" if state.get("paused") else state.get("choice", ""),
             events=events,
         )
+
+
+def _forget_old(folder: Path) -> None:
+    """Trainings that were stopped and never asked for again do not pile up."""
+    others = [path for path in folder.parent.glob("*") if path != folder]
+    others.sort(key=lambda path: path.stat().st_mtime)
+    for path in others[:-KEPT_STOPPED]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _chunks(update: bytes, steps: int) -> Iterator[Any]:

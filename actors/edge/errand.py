@@ -154,16 +154,18 @@ class Errand:
         weights = unpack_weights(self.device.folder.read(MODEL), plan.spec, work.endpoint)
         with Swan(self.device.config.engine, shared=known, trusted=trusted) as engine:
             engine.pilot.loan.load(self.loan.state())
-            result = train_plan(
-                plan,
-                weights,
-                self.samples,
-                engine=engine,
-                folder=self.device.folder.folder / CHECKPOINTS,
-                stopped=self.device.stopped,
-            )
-            self.loan.load(engine.pilot.loan.state())
-            self.device.state.loan = self.loan.state()
+            try:
+                result = train_plan(
+                    plan,
+                    weights,
+                    self.samples,
+                    engine=engine,
+                    folder=self.device.folder.folder / CHECKPOINTS,
+                    stopped=self.device.stopped,
+                )
+            finally:  # a training that was stopped has borrowed as well
+                self.loan.load(engine.pilot.loan.state())
+                self.device.state.loan = self.loan.state()
             moves, choice = engine.moves, engine.status()["choice"]
             # Exploration that the task was too short for is not shared as if it were finished.
             done = not engine.pilot.exploring

@@ -10,9 +10,10 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from raysys.errors import DataError, StorageError
+from actors.swan.lock import take_lock
+from raysys.errors import DataError, InfeasibleError, StorageError
 
-FILE = "device.json"
+FILE, LOCK = "device.json", ".lock"
 MODEL, UPDATE, CHECKPOINTS = "model.bin", "update.bin", "training"
 REMEMBERED = 256
 
@@ -65,11 +66,12 @@ class StateFolder:
     """Loads and saves a :class:`DeviceState` atomically; holds the files of the work in hand.
 
     Raises:
-        StorageError: the folder cannot be used, or another process uses it.
+        StorageError: the folder cannot be used.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._lock: int | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(0o700)
@@ -77,6 +79,24 @@ class StateFolder:
             raise StorageError(str(folder), error.strerror or str(error), "Choose another") from (
                 error
             )
+
+    def lock(self) -> None:
+        """Keep other processes out until :meth:`unlock`; a process that dies lets go.
+
+        Raises:
+            StorageError: another device works in this folder.
+        """
+        try:
+            self._lock = take_lock(str(self.folder / LOCK))
+        except InfeasibleError as error:
+            remedy = "Give every device a state folder of its own"
+            raise StorageError(str(self.folder), "another device works in it", remedy) from error
+
+    def unlock(self) -> None:
+        """Let others in; may be called twice."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def load(self) -> DeviceState:
         """The state, or a fresh one with a random identity.

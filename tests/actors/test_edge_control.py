@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -68,7 +69,8 @@ def test_a_steered_device_trains_and_knows_the_cost_afterwards(tmp_path: Path) -
         assert (await client.share_profile(before.key, shared)).accepted
         told = await client.plan(SHORT)
         assert [place.threads for place in told.frontier][-1] == 1
-        for bad in ({**shared, "device": "other"}, {**shared, "schema": 9}):
+        elsewhere = {**shared, "choices": [{"counts": [1, 2, 3, 4, 5], "seconds": 0.5}]}
+        for bad in ({**shared, "device": "other"}, {**shared, "schema": 9}, elsewhere):
             with pytest.raises(RemoteError, match="INVALID_ARGUMENT"):
                 await client.share_profile(before.key, bad)
 
@@ -187,3 +189,12 @@ def test_the_owners_wishes_and_tokens_hold(tmp_path: Path) -> None:
     steer(tmp_path, stranger, token=device, security=security)
     job = authority.issue("j", "job", time.time(), 60.0)
     steer(tmp_path, known, token=job, security=security)
+
+
+def test_stopped_trainings_do_not_pile_up(tmp_path: Path) -> None:
+    for number in range(6):
+        (tmp_path / f"old-{number}").mkdir()
+        os.utime(tmp_path / f"old-{number}", (number, number))
+    module._forget_old(tmp_path / "old-0")
+    left = sorted(path.name for path in tmp_path.glob("*"))
+    assert left == ["old-0", "old-3", "old-4", "old-5"], "the one asked for, and the newest others"

@@ -28,7 +28,7 @@ from actors.edge.state import StateFolder, Work
 from actors.edge.trainer import train_plan
 from actors.proto.edge_messages import pb, rpc
 from raysys import machine
-from raysys.errors import ConfigError, DataError, InfeasibleError, RemoteError
+from raysys.errors import ConfigError, DataError, InfeasibleError, RemoteError, StorageError
 from raysys.federated.core.local import LocalConfig
 from raysys.federated.core.model import Mlp, ModelSpec, initial_weights
 from raysys.federated.swan.plans import PlanRefusedError, pack_weights, plan_to_json
@@ -273,3 +273,16 @@ def test_quiet_hours_keep_a_device_from_checking_in(tmp_path: Path) -> None:
     asyncio.run(agent._once())
     assert agent.device.events[-1]["text"] == "quiet hours"
     assert 0 < waits[0] <= agent.device.config.idle_s
+
+
+def test_two_devices_do_not_share_a_state_folder(tmp_path: Path) -> None:
+    config = device_config(tmp_path, 0, "127.0.0.1:1")
+    first, second = StateFolder(Path(config.state)), DeviceAgent(config)
+    first.lock()
+    with pytest.raises(StorageError, match="state folder of its own"):
+        asyncio.run(second.run())
+    first.unlock()
+    first.unlock()
+    second.stop()
+    second.device.state.gateways, second.device.state.token_until_s = ["g:1"], 1e18
+    assert asyncio.run(second.run()) == 0
