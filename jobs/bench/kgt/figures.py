@@ -104,8 +104,8 @@ def accuracy_plot(rows: Rows) -> Plot:
     axes.set_ylabel("test accuracy, %")
     axes.legend(fontsize=8, ncols=2)
     caption = (
-        "Means over seeds; the axis shows the last 12 points. The dot is the end of training, on all "
-        f"test examples; points before it are on the first {CURVE_ROWS}, so the last step may jump."
+        "Means over seeds; the axis shows the last 12 points. The dot is the end of training, on "
+        f"all test examples; points before it are on the first {CURVE_ROWS}, so the line may jump."
     )
     return Plot(title="Accuracy against CPU time", caption=caption, figure=figure)
 
