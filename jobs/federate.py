@@ -1,7 +1,8 @@
 """Train a federated model: clients in bulk on every core, any server optimiser, exact resume.
 
 raysys federate --config my.yaml --run-dir runs/mine
-raysys federate explain runs/mine      # why cohorts split and models grew, and who is where
+raysys federate explain runs/mine      # why cohorts split and models grew
+raysys federate explain runs/mine 7 12 # and which model clients 7 and 12 have
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from actors.federated.cohorts import build_auxo, build_family
 from actors.federated.coordinator import EXPLAIN_FILE, RoundSummary
 from actors.federated.driver import FederatedRun, MakeJob
 from actors.federated.ensemble import build_ensemble
-from actors.federated.outcome import model_facts, model_ids, sections, told
+from actors.federated.outcome import model_facts, model_ids, sections, told, where
 from actors.venn.cohorts import VennConfig, finish_job, with_venn
 from jobs.launcher import Job, JobContext, Summary, main
 from raysys import machine
@@ -148,11 +149,15 @@ def _plan(
 
 
 def explain(arguments: Sequence[str]) -> int:
-    """Print why cohorts and models of a run are what they are, from its newest checkpoint."""
+    """Print why cohorts and models of a run are what they are, from its newest checkpoint.
+
+    Args:
+        arguments: the run directory; after it, clients to look up.
+    """
     try:
-        if len(arguments) != 1:
+        if not arguments:
             raise ConfigError(
-                "RUN", list(arguments), "one run directory", "raysys federate explain RUN"
+                "RUN", "nothing", "a run directory", "raysys federate explain RUN [CLIENT ...]"
             )
         found = RunDirectory.open(arguments[0]).load_checkpoint()
         facts = {} if found is None else json.loads(found[1].get(EXPLAIN_FILE, b"{}"))
@@ -161,11 +166,12 @@ def explain(arguments: Sequence[str]) -> int:
                 f"explain {arguments[0]}", "no cohorts, no family, or no checkpoint yet",
                 "Give a run with auxo or family, and checkpoint_every set",
             )  # fmt: skip
+        placed = [where(facts, client) for client in arguments[1:]]
     except RaysysError as error:
         print(f"raysys: error: {error}", file=sys.stderr)
         return error.exit_code
     print(f"after round {found[0] if found else 0}")
-    print("\n".join(told(facts)))
+    print("\n".join([*told(facts), *placed]))
     return 0
 
 

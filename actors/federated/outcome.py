@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from raysys.errors import ConfigError
 from raysys.federated.auxo.drawing import cohort_section
 from raysys.federated.auxo.drawing import lines as cohort_lines
 from raysys.federated.core.datasets import FederatedData
@@ -85,6 +86,22 @@ def told(facts: Facts) -> list[str]:
     for name, family in facts.get("families", {}).items():
         text += ["", f"family of cohort {name}", *family_lines(family)]
     return text
+
+
+def where(facts: Facts, client: str) -> str:
+    """Which model a client has, for a terminal.
+
+    Raises:
+        ConfigError: the job has no family, or the client is not listed (the first 10,000 are).
+    """
+    whole = facts["kind"] == "fedtrans"
+    families = {"": facts} if whole else facts.get("families", {})
+    for cohort, family in families.items():
+        if client in family["clients"]:
+            model = family["clients"][client]
+            name = "M0, which it is too weak to train" if model < 0 else f"M{model}"
+            return f"client {client}: {name}" + (f" of cohort {cohort}" if cohort else "")
+    raise ConfigError("CLIENT", client, "the number of a client in a job with a family")
 
 
 def sections(facts: Facts) -> list[Section]:

@@ -13,7 +13,7 @@ import ray
 
 from actors.federated.cohorts import build_family, explain
 from actors.federated.driver import FederatedRun
-from actors.federated.outcome import model_ids, sections, told
+from actors.federated.outcome import model_ids, sections, told, where
 from actors.session import Session
 from raysys.errors import ConfigError
 from raysys.federated.auxo.auxo import Auxo
@@ -135,6 +135,8 @@ def test_cohorts_hold_a_family_each_and_resume_to_the_bit() -> None:
         member = families[name.rpartition(".cohort")[2]]["family"][int(name[len("weights.model")])]
         assert len(strategy.weights(model)) == member["params"]
     assert any("family of cohort 0.1" in line for line in told(facts))
+    homes = {client: name for name, family in families.items() for client in family["clients"]}
+    assert where(facts, "5").endswith(f"of cohort {homes['5']}")
     assert [section.title for section in sections(facts)][1:] == [
         "Family of cohort 0.0", "Family of cohort 0.1",
     ]  # fmt: skip

@@ -39,8 +39,10 @@ def test_a_family_is_trained_explained_and_served(
     assert [member["parent"] for member in facts["family"]] == [None, 0, 1]
     assert "Genealogy of models" in (tmp_path / "run" / "report.html").read_text()
     capsys.readouterr()
-    assert federate.command_line(["explain", folder]) == 0
+    assert federate.command_line(["explain", folder, "7"]) == 0
     out = capsys.readouterr().out
+    assert f"client 7: M{facts['clients']['7']}" in out
+    assert federate.command_line(["explain", folder, "100"]) == 2
     assert "after round 11" in out
     assert "M2 from M1: a cell behind cell 0" in out
     served = predict.load_endpoint(predict.PredictConfig(run=folder))
