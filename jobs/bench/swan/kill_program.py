@@ -26,7 +26,7 @@ from jobs.bench.swan.moves import Sums, digest
 from raysys.federated.swan.pilot import Policy
 
 SLOT = struct.Struct("d")
-HEADER = 2  # slots: step of the resume, steps done
+RESUMED, DONE, RESUMED_S, RESUMED_CPU_S, HEADER = range(5)  # then two stamps for every step
 LONGEST_S = 0.8
 
 
@@ -40,11 +40,14 @@ def train(folder: Path | None, interval_s: float, steps: int, page: mmap.mmap | 
         Swan(config) as swan,
         swan.training(optimizer=task.optimizer, folder=folder, **task.parts()) as run,
     ):
-        _note(page, 0, float(run.steps))
+        _note(page, RESUMED_S, time.monotonic())
+        _note(page, RESUMED_CPU_S, time.process_time())
+        _note(page, RESUMED, float(run.steps))
         while run.steps < steps:
             task.step()
-            _note(page, 1, float(run.steps))
-            _note(page, HEADER + run.steps - 1, time.monotonic())
+            _note(page, DONE, float(run.steps))
+            _note(page, HEADER + 2 * run.steps - 2, time.monotonic())
+            _note(page, HEADER + 2 * run.steps - 1, time.process_time())
     return digest(task)
 
 
@@ -54,38 +57,44 @@ def main(arguments: list[str]) -> None:
     interval_s, steps = float(arguments[2]), int(arguments[3])
     torch.set_num_threads(1)
     train(None, interval_s, 1, None)  # what loads at the first step loads here, not in every child
-    page = mmap.mmap(-1, SLOT.size * (HEADER + steps))
+    page = mmap.mmap(-1, SLOT.size * (HEADER + 2 * steps))
+    _note(page, RESUMED, -1.0)
     rng = random.Random(0)
-    lost_s, resumed, done_steps, cut_short = [0.0], [0], [0], 0
-    trial = 0
+    lost: list[tuple[float, float]] = []
+    done_steps, cut_short, trial = [0], 0, 0
     for number in range(kills):
         child = _child(folder / f"run-{trial}", interval_s, steps, page)
         time.sleep(rng.uniform(0.02, LONGEST_S))
         killed_s = time.monotonic()
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        done = int(_read(page, 1))
+        _, _, used = os.wait4(child, 0)
+        cpu_s = used.ru_utime + used.ru_stime
+        began, done = _read(page, RESUMED), int(_read(page, DONE))
+        since = _read(page, RESUMED_S), _read(page, RESUMED_CPU_S)
         if done >= steps:
             trial, cut_short = trial + 1, cut_short + 1  # ran through before the kill: start anew
-        _note(page, 0, -1.0)
         probe = _child(folder / f"run-{trial}", interval_s, steps, page, probe=True)
         _, status = os.waitpid(probe, 0)
         if status:
             raise SystemExit(f"resume {number} failed with status {status}")
-        start = int(_read(page, 0))
-        saved_s = _read(page, HEADER + start - 1) if start else 0.0
-        if start and done < steps:
-            lost_s.append(max(killed_s - saved_s, 0.0))
-            resumed.append(start)
+        start = int(_read(page, RESUMED))
+        if start > began >= 0:
+            since = _read(page, HEADER + 2 * start - 2), _read(page, HEADER + 2 * start - 1)
+        if began >= 0 and done < steps:
+            # A kill between the save of a step and the note of its end has cost nothing.
+            whole = start > done
+            lost.append((0.0, 0.0) if whole else (killed_s - since[0], cpu_s - since[1]))
             done_steps.append(done)
-        _note(page, 1, 0.0)
+        _note(page, RESUMED, -1.0)
+        _note(page, DONE, 0.0)
     final = train(folder / f"run-{trial}", interval_s, steps, None)
     straight = train(None, interval_s, steps, None)
     result = {
         "kills": kills,
-        "most_lost_s": max(lost_s),
-        "mean_lost_s": sum(lost_s[1:]) / max(len(lost_s) - 1, 1),
-        "resumes": len(lost_s) - 1,
+        "most_lost_s": max((row[0] for row in lost), default=0.0),
+        "most_lost_cpu_s": max((row[1] for row in lost), default=0.0),
+        "mean_lost_s": sum(row[0] for row in lost) / max(len(lost), 1),
+        "resumes": len(lost),
         "finished_before_the_kill": cut_short,
         "furthest_step": max(done_steps),
         "equal_to_a_run_without_kills": final == straight,
