@@ -17,7 +17,7 @@ from jobs.bench.auxo.runs import PER_ROUND, Row, make_line, planted, probe_of, s
 from jobs.bench.pieces import Piece, measure_pieces
 from raysys.bench import Baseline, Claim, Profile
 from raysys.federated.auxo.affinity import AffinityEntry, AffinityRecord
-from raysys.federated.auxo.auxo import Auxo
+from raysys.federated.auxo.auxo import STRIDE, Auxo
 from raysys.federated.auxo.clustering import adjusted_rand
 from raysys.federated.auxo.config import AuxoConfig
 from raysys.federated.auxo.grouped import GroupedLines
@@ -227,7 +227,7 @@ def _by_anchor(strategy: Auxo, data: Planted, clients: IntArray, seed: int) -> I
 
 
 def _by_loss(strategy: Auxo, data: Planted, clients: IntArray) -> IntArray:
-    models = np.stack([strategy.weights(leaf * 4096) for leaf in strategy.tree.leaves])
+    models = np.stack([strategy.weights(leaf * STRIDE) for leaf in strategy.tree.leaves])
     found: IntArray = probe_of(spec_of(data.data), data)(models, clients).argmin(axis=1)
     return found
 

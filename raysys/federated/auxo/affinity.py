@@ -47,7 +47,7 @@ class AffinityTable:
     """Records of the clients seen: rewards float32 [rows, cohorts], labels int8 [rows, cohorts].
 
     Args:
-        n_clients: size of the population. max_records: most rows kept, or None.
+        n_clients: size of the population; more may join. max_records: most rows kept, or None.
     """
 
     def __init__(self, n_clients: int, max_records: int | None = None) -> None:
@@ -82,24 +82,24 @@ class AffinityTable:
 
     def rewards(self, clients: IntArray) -> FloatArray:
         """Rewards [k, cohorts]; zeros for a client without a record."""
-        rows = self._row_of[clients]
+        rows = self._rows(clients)
         found = self._reward[rows] if len(self._reward) else np.zeros((len(rows), self.cohorts))
         return np.where(rows[:, None] >= 0, found, 0.0).astype(np.float64)
 
     def labels(self, clients: IntArray, cohort: int) -> IntArray:
         """Labels of one cohort, int64 [k]; NONE for a client without one."""
-        rows = self._row_of[clients]
+        rows = self._rows(clients)
         found = self._label[rows, cohort] if len(self._label) else np.full(len(rows), NONE)
         return np.where(rows >= 0, found, NONE).astype(np.int64)
 
     def known(self, clients: IntArray) -> npt.NDArray[np.bool_]:
         """Which clients have a record."""
-        there: npt.NDArray[np.bool_] = self._row_of[clients] >= 0
+        there: npt.NDArray[np.bool_] = self._rows(clients) >= 0
         return there
 
     def tried(self, clients: IntArray) -> npt.NDArray[np.bool_]:
         """In which cohorts clients have trained, bool [k, cohorts]."""
-        rows = self._row_of[clients]
+        rows = self._rows(clients)
         found = self._tried[rows] if len(self._tried) else np.zeros((len(rows), self.cohorts), bool)
         return np.where(rows[:, None] >= 0, found, False)
 
@@ -110,7 +110,7 @@ class AffinityTable:
 
     def placements(self, clients: IntArray) -> IntArray:
         """How often an anchor has placed each client, int64 [k]."""
-        rows = self._row_of[clients]
+        rows = self._rows(clients)
         found = self._placed[rows] if len(self._placed) else np.zeros(len(rows))
         return np.where(rows >= 0, found, 0).astype(np.int64)
 
@@ -121,19 +121,19 @@ class AffinityTable:
 
     def exhaust(self, clients: IntArray, placements: int) -> None:
         """Let clients that an anchor has placed count as placed as often as is allowed."""
-        rows = self._row_of[clients]
+        rows = self._rows(clients)
         rows = rows[rows >= 0]
         known = self._placed[rows] > 0
         self._placed[rows[known]] = placements
 
     def settle(self, clients: IntArray) -> None:
         """Forget how often clients were placed: they are at home, and may drift again."""
-        rows = self._row_of[clients]
+        rows = self._rows(clients)
         self._placed[rows[rows >= 0]] = 0
 
     def blocked(self, clients: IntArray) -> npt.NDArray[np.bool_]:
         """Which clients are on the block list."""
-        rows = self._row_of[clients]
+        rows = self._rows(clients)
         found = self._blocked[rows] if len(self._blocked) else np.zeros(len(rows), dtype=bool)
         return np.where(rows >= 0, found, False)
 
@@ -193,7 +193,7 @@ class AffinityTable:
 
     def record(self, client: int) -> AffinityRecord:
         """A client's record as it would travel."""
-        row = int(self._row_of[client])
+        row = int(self._rows(np.array([client]))[0])
         if row < 0:
             return AffinityRecord()
         entries = tuple(
@@ -235,7 +235,7 @@ class AffinityTable:
 
     def forget(self, clients: IntArray) -> None:
         """Lose the records of some clients, as a device that was reset does."""
-        rows = self._row_of[clients]
+        rows = self._rows(clients)
         rows = rows[rows >= 0]
         self._reward[rows] = 0.0
         self._label[rows] = NONE
@@ -267,11 +267,25 @@ class AffinityTable:
         self._strikes = np.array(state["strikes"], dtype=np.uint8)
         self._blocked = np.array(state["blocked"], dtype=bool)
         self._used = len(self.clients)
-        self._row_of[:] = NONE
+        most = max(len(self._row_of), int(self.clients.max(initial=-1)) + 1)
+        self._row_of = np.full(most, NONE, dtype=np.int32)
         self._row_of[self.clients] = np.arange(self._used, dtype=np.int32)
+
+    def _rows(self, clients: IntArray) -> IntArray:
+        """Row of each client, NONE for one without a record, also one that joined later."""
+        if int(clients.max(initial=-1)) < len(self._row_of):
+            return self._row_of[clients].astype(np.int64)
+        inside = clients < len(self._row_of)
+        found = np.full(len(clients), NONE, dtype=np.int64)
+        found[inside] = self._row_of[clients[inside]]
+        return found
 
     def _make(self, clients: IntArray, round_id: int) -> IntArray:
         """Rows of clients, made where missing; marks them as seen."""
+        missing = int(clients.max(initial=-1)) + 1 - len(self._row_of)
+        if missing > 0:  # clients that joined after the job had begun
+            later = np.full(missing, NONE, dtype=np.int32)
+            self._row_of = np.concatenate([self._row_of, later])
         fresh = clients[self._row_of[clients] < 0]
         if len(fresh):
             if self._max is not None and self._used + len(fresh) > self._max:

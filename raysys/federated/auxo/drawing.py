@@ -72,13 +72,18 @@ def tree_plot(facts: Facts) -> Plot:
         label = cohort["name"]
         if cohort["members"] is not None:
             label += f"\n{cohort['members']:.0f}"
+        # The line to the children leaves an inner cohort to the right, so that its name is above.
+        offset, align = ((16, 0), "center") if cohort["trains"] else ((6, 6), "bottom")
         axes.annotate(
-            label, (x, y), xytext=(16, 0), textcoords="offset points", fontsize=9, va="center",
+            label, (x, y), xytext=offset, textcoords="offset points", fontsize=9, va=align,
             color=INK,
         )  # fmt: skip
     axes.set_xlabel("round in which the cohort began")
     axes.set_yticks([])
     axes.margins(x=0.15, y=0.2)
+    left, right = axes.get_xlim()
+    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= right])
+    axes.set_xlim(left, right)
     return Plot(
         title="Tree of cohorts",
         caption="Blue cohorts train, grey ones have split or merged; below the name, the members.",

@@ -12,6 +12,7 @@ from raysys.errors import ConfigError
 from raysys.federated.auxo.affinity import AffinityEntry, AffinityRecord
 from raysys.federated.auxo.auxo import STRIDE, Auxo
 from raysys.federated.auxo.baselines import Cfl, FlexCfl, Ifca, OnePass
+from raysys.federated.auxo.cohort import Cohort, SplitReport
 from raysys.federated.auxo.config import AuxoConfig, published
 from raysys.federated.auxo.grouped import GroupedLines, random_groups
 from raysys.federated.auxo.planted import (
@@ -27,6 +28,7 @@ from raysys.federated.core.fedavg import FedAvg
 from raysys.federated.core.local import LocalConfig
 from raysys.federated.core.messages import FeedbackSpec, ScreenConfig
 from raysys.federated.core.model import Cnn, Mlp, ModelSpec
+from raysys.federated.core.population import Population
 from raysys.federated.core.runner import run_round, run_rounds
 from raysys.federated.core.scaffold import Scaffold
 from raysys.federated.core.serialize import pack_arrays, unpack_arrays
@@ -200,6 +202,86 @@ def test_whom_a_cohort_has_accepted_stays_there_and_a_few_odd_ones_gather_nowher
         strategy.table.set_rewards(clients[:lost], rewards[:lost], 30)
         strategy.demand(30)
         assert strategy.forest.gathers is gathers
+
+
+def by_group(planted: Planted) -> Planted:
+    """The same clients, numbered group after group."""
+    order = np.argsort(planted.group_of, kind="stable")
+    ids = planted.population.sample_ids.reshape(CLIENTS, -1)[order].reshape(-1)
+    people = dataclasses.replace(planted.population, sample_ids=ids)
+    return dataclasses.replace(planted, population=people, group_of=planted.group_of[order])
+
+
+def some_clients(planted: Planted, count: int) -> Population:
+    """The first clients alone."""
+    offsets = planted.population.offsets[: count + 1]
+    ids = planted.population.sample_ids[: offsets[-1]]
+    return dataclasses.replace(planted.population, offsets=offsets, sample_ids=ids)
+
+
+def test_a_cohort_whose_members_leave_is_merged_and_newcomers_may_join_later() -> None:
+    planted = by_group(population())
+    samples = planted.data.samples()
+    first = int((planted.group_of == 0).sum())
+    early = dataclasses.replace(planted, population=some_clients(planted, CLIENTS - 20))
+    job, strategy = auxo_job(dataclasses.replace(CONFIG, merge_after=4), early)
+    run_rounds(job, samples, 30)
+    assert len(strategy.tree.leaves) == 2
+    job.population = planted.population  # twenty more than the job began with
+    run_rounds(job, samples, 40)
+    late = np.arange(CLIENTS - 20, CLIENTS)
+    assert strategy.table.known(late).any()
+    job.population = some_clients(planted, first)  # the second group has gone
+    run_rounds(job, samples, 62)
+    assert len(strategy.tree.leaves) == 1
+    assert strategy.events[-1]["event"] == "merged"
+    copy_job, copy = auxo_job(dataclasses.replace(CONFIG, merge_after=4), early)
+    copy_job.load(job.state())
+    assert np.array_equal(copy.table.known(late), strategy.table.known(late))
+
+
+def test_a_population_of_one_is_refused_and_a_record_sent_twice_counts_once() -> None:
+    planted = population()
+    alone = dataclasses.replace(planted, population=some_clients(planted, 1))
+    with pytest.raises(ConfigError, match="at most the population of 1"):
+        auxo_job(planted=alone)  # a cohort needs two clients a round at least
+    job, strategy = auxo_job()
+    run_rounds(job, planted.data.samples(), 4)
+    client = int(strategy.table.clients[0])
+    strategy.check_in(client, strategy.table.record(client), 4)
+    before = {name: value.copy() for name, value in strategy.table.state().items()}
+    assert strategy.check_in(client, strategy.table.record(client), 4)
+    for name, value in strategy.table.state().items():
+        assert np.array_equal(value, before[name]), name
+
+
+def test_two_cohorts_that_would_split_at_once_keep_to_the_most_cohorts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job, strategy = auxo_job(
+        dataclasses.replace(CONFIG, max_leaves=3),
+        make=lambda: FedAvg(SPEC, LOCAL, PER_ROUND, Yogi()),
+    )
+    samples = population().data.samples()
+    while not strategy.events:
+        run_round(job, samples)
+    for leaf in strategy.tree.leaves:
+        strategy.forest.cohorts[leaf].parts = 2
+
+    def eager(cohort: Cohort, report: SplitReport, leaves: int) -> str:
+        return "too many" if leaves + 2 - 1 > 3 or cohort.parts != 2 else "split"
+
+    monkeypatch.setattr(Cohort, "_most_stable", lambda cohort: 2)
+    monkeypatch.setattr(Cohort, "_verdict", eager)
+    run_rounds(job, samples, job.round_id + 2)
+    assert len(strategy.tree.leaves) == 3
+    # Brothers start from the same optimiser, and each has its own from then on.
+    inner = next(node.children for node in strategy.tree.nodes[1:] if node.children)
+    left, right = (strategy.forest.line(child).state() for child in inner)
+    run_rounds(job, samples, job.round_id + 2)
+    later = strategy.forest.line(inner[0]).state()
+    assert left.keys() == right.keys()
+    assert any(not np.array_equal(left[name], later[name]) for name in left)
 
 
 def test_cohorts_serve_another_job_and_freeze() -> None:
