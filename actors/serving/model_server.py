@@ -7,7 +7,8 @@ engine's exception made Ray Serve's controller import vLLM, and stand still mean
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import aclosing
 from typing import Any
 
 from jinja2 import TemplateError
@@ -58,7 +59,9 @@ async def in_built_in_words(check: Awaitable[None]) -> None:
         raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
 
-async def refusing(answers: AsyncIterator[Any], field: str | None) -> AsyncIterator[Any]:
+async def refusing(
+    answers: AsyncGenerator[Any, None], field: str | None
+) -> AsyncGenerator[Any, None]:
     """Pass answers on; a complaint about the request before the first one becomes an answer.
 
     Args:
@@ -67,9 +70,10 @@ async def refusing(answers: AsyncIterator[Any], field: str | None) -> AsyncItera
     """
     begun = False
     try:
-        async for answer in answers:
-            begun = True
-            yield answer
+        async with aclosing(answers):  # a client that leaves must reach the engine at once
+            async for answer in answers:
+                begun = True
+                yield answer
     except ABOUT_THE_REQUEST as error:
         if begun:
             raise

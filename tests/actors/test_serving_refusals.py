@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import warnings
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
 
@@ -172,8 +172,27 @@ def test_a_dead_engine_is_told_without_types_of_vllm() -> None:
     assert b"vllm" not in cloudpickle.dumps(caught.value)
 
 
+def test_leaving_reaches_the_engine_at_once() -> None:
+    seen: list[str] = []
+
+    async def answers() -> AsyncGenerator[str, None]:
+        try:
+            yield "first"
+            yield "second"
+        finally:
+            seen.append("aborted")
+
+    async def go() -> None:
+        stream = refusing(answers(), None)
+        await anext(stream)
+        await stream.aclose()
+        assert seen == ["aborted"]
+
+    asyncio.run(go())
+
+
 def test_an_error_in_mid_stream_is_no_refusal() -> None:
-    async def answers() -> AsyncIterator[str]:
+    async def answers() -> AsyncGenerator[str, None]:
         yield "first"
         raise TypeError("ours")
 
