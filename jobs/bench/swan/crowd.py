@@ -30,7 +30,7 @@ def crowd(profile: Profile) -> Claim:
     Service, gateway, scheduler and fleet share this process; every device has a token of its own,
     and every lease the ticket that its gateway signed.
     """
-    devices, per_round, rounds = profile.pick((500, 50, 2), (5000, 200, 3))
+    devices, per_round, rounds = profile.pick((300, 30, 2), (5000, 200, 3))
     with tempfile.TemporaryDirectory() as folder:
         cpu_s = time.process_time()
         found = asyncio.run(_serve(Path(folder), devices, per_round, rounds))
