@@ -173,7 +173,8 @@ def project(
     for descendant in reversed(line[: line.index(ancestor)]):
         for step in family[descendant].steps:
             there = apply_mask(net, there, step)
-            values, net = apply_weights(net, values, step), apply_step(net, step)
+            values = apply_weights(net, values, step, draw=False)
+            net = apply_step(net, step)
     return values, there
 
 

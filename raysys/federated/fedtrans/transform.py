@@ -105,23 +105,27 @@ def apply_step(net: CellNet, step: Step) -> CellNet:
     return dataclasses.replace(net, cells=tuple(cells))
 
 
-def apply_weights(net: CellNet, values: FlatWeights, step: Step) -> FlatWeights:
+def apply_weights(
+    net: CellNet, values: FlatWeights, step: Step, *, draw: bool = True
+) -> FlatWeights:
     """The weights after a step: the same function, save for rounding (and for split "noise").
 
     Args:
         values: weights of ``net``, float32 [P].
+        draw: False leaves at zero what is drawn anew, for who needs the other values only.
     """
     parts = net.split(values)
     if step.op == "deepen":
-        return join(_with_cell(net, parts, step))
+        return join(_with_cell(net, parts, step, draw))
     if step.split == "fresh":
-        return join(_with_fresh_units(net, parts, step, apply_step(net, step).initial(step.seed)))
-    rng = np.random.default_rng(step.seed)
-    for part, space in sorted(net.cells[step.cell].spaces().items()):
-        units = unit_map(space, _wider(space, step.factor), rng, step.split)
-        parts = _widen_space(net, parts, (step.cell, part), units)
+        wide = apply_step(net, step)
+        drawn = wide.initial(step.seed) if draw else np.zeros(wide.n_params, dtype=np.float32)
+        return join(_with_fresh_units(wide, parts, step, drawn))
+    maps, rng = _unit_maps(net, step)
+    for key, units in maps.items():
+        parts = _widen_space(net, parts, key, units)
         if step.split == "noise":
-            _disturb(net, parts, (step.cell, part), space.size, rng)
+            _disturb(net, parts, key, int(units.source.max()) + 1, rng)
     return join(parts)
 
 
@@ -135,15 +139,23 @@ def apply_mask(net: CellNet, mask: Mask, step: Step) -> Mask:
     elif step.split == "fresh":
         wide = apply_step(net, step)
         nothing = np.zeros(wide.n_params, dtype=np.float32)
-        parts = _with_fresh_units(net, parts, step, nothing)
+        parts = _with_fresh_units(wide, parts, step, nothing)
     else:
-        rng = np.random.default_rng(step.seed)
-        for part, space in sorted(net.cells[step.cell].spaces().items()):
-            units = unit_map(space, _wider(space, step.factor), rng, step.split)
+        for key, units in _unit_maps(net, step)[0].items():
             whole = UnitMap(units.source, np.ones(len(units.source)))
-            parts = _widen_space(net, parts, (step.cell, part), whole)
+            parts = _widen_space(net, parts, key, whole)
     carried: Mask = join(parts) > 0
     return carried
+
+
+def _unit_maps(net: CellNet, step: Step) -> tuple[dict[SpaceKey, UnitMap], np.random.Generator]:
+    """The maps of a cell's spaces, and the stream that they were drawn from."""
+    rng = np.random.default_rng(step.seed)
+    maps = {
+        (step.cell, part): unit_map(space, _wider(space, step.factor), rng, step.split)
+        for part, space in sorted(net.cells[step.cell].spaces().items())
+    }
+    return maps, rng
 
 
 def unit_map(space: Space, size: int, rng: np.random.Generator, split: Split) -> UnitMap:
@@ -222,11 +234,10 @@ def _widen_space(
 
 
 def _with_fresh_units(
-    net: CellNet, parts: list[list[Array]], step: Step, drawn: FlatWeights
+    wide: CellNet, parts: list[list[Array]], step: Step, drawn: FlatWeights
 ) -> list[list[Array]]:
     """Old values in their old places; around them what ``drawn`` has, and 0 where it is read."""
-    spaces = {(step.cell, part) for part in net.cells[step.cell].spaces()}
-    wide = apply_step(net, step)
+    spaces = {(step.cell, part) for part in wide.cells[step.cell].spaces()}
     fresh = wide.split(drawn)
     for olds, news, infos in zip(parts, fresh, wide.tensors()):
         for old, new, info in zip(olds, news, infos):
@@ -251,11 +262,15 @@ def _disturb(
                 copies += (scale * rng.standard_normal(copies.shape)).astype(np.float32)
 
 
-def _with_cell(net: CellNet, parts: list[list[Array]], step: Step) -> list[list[Array]]:
+def _with_cell(net: CellNet, parts: list[list[Array]], step: Step, draw: bool) -> list[list[Array]]:
     leaving = net.signals()[step.cell + 1]
     cell = net.cells[step.cell].deepening(leaving)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(step.seed)
-        drawn = [p.detach().numpy().copy() for p in cell.module(leaving).parameters()]
+    if draw:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(step.seed)
+            drawn = [p.detach().numpy().copy() for p in cell.module(leaving).parameters()]
+    else:
+        shapes = cell.tensors(leaving, step.cell + 1)
+        drawn = [np.zeros(info.shape, dtype=np.float32) for info in shapes]
     fresh = cell.identity(leaving, drawn, np.random.default_rng(step.seed))
     return [*parts[: step.cell + 1], fresh, *parts[step.cell + 1 :]]
