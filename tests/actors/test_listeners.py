@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,15 @@ from actors.edge.certificates import make_certificates
 from actors.listeners import TlsConfig, base_url, check_exposure, host_of, http_options, is_loopback
 from actors.session import Session
 from actors.venn.enrolment import Enrolment, Fleet
-from actors.venn.security import SecurityConfig, channel, server_port
+from actors.venn.security import (
+    ROLE_OF_SERVICE,
+    SecurityConfig,
+    channel,
+    metadata,
+    server_port,
+)
+from raysys import machine
+from raysys.credentials import HIDDEN
 from raysys.errors import ConfigError
 from raysys.federated.core.population import population_from_lists
 
@@ -136,3 +145,26 @@ def test_a_private_ray_listens_on_loopback_alone(ray_session: Session) -> None:
 
 def test_certificates_of_the_fixture_are_private(security: SecurityConfig) -> None:
     assert Path(security.key).stat().st_mode & 0o077 == 0
+
+
+def test_every_service_has_a_role_or_is_meant_to_be_open() -> None:
+    """A service that is not in the table would answer strangers in spite of a token secret."""
+    found = set()
+    for path in (machine.app_root() / "actors" / "proto").glob("*.proto"):
+        text = path.read_text(encoding="utf-8")
+        (package,) = re.findall(r"^package ([\w.]+);", text, re.MULTILINE)
+        found |= {
+            f"/{package}.{name}/" for name in re.findall(r"^service (\w+)", text, re.MULTILINE)
+        }
+    open_to_all = {"/raysys.edge.v1.Enrolment/"}  # asks for the enrolment code itself
+    assert found - set(ROLE_OF_SERVICE) == open_to_all
+
+
+def test_a_token_file_is_read_at_every_call(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    config = SecurityConfig(token=f"file:{path}")
+    for text in ("first", "second"):
+        path.write_text(f"{text}\n")
+        assert metadata(config) == (("authorization", f"Bearer {text}"),)
+    with pytest.raises(ConfigError, match=r"security\.token"):
+        metadata(SecurityConfig(token=HIDDEN))
