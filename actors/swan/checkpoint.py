@@ -12,7 +12,7 @@ import io
 import json
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,18 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     legacy = (name, keys.numpy().astype(np.uint32), int(place), int(has_gauss), float(cached))
     np.random.set_state(legacy)
     torch.set_rng_state(state["torch"])
+
+
+def snapshot() -> Callable[[], None]:
+    """Note the generators' states for this process alone, cheaply; the result puts them back."""
+    python, legacy, state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+    def put_back() -> None:
+        random.setstate(python)
+        np.random.set_state(legacy)
+        torch.set_rng_state(state)
+
+    return put_back
 
 
 class CheckpointFolder:

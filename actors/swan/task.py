@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from actors.swan.checkpoint import CheckpointFolder, random_state, restore_random_state
+from actors.swan.checkpoint import (
+    CheckpointFolder,
+    random_state,
+    restore_random_state,
+    snapshot,
+)
 from actors.swan.memory import out_of_memory
 from raysys.errors import DataError
 
@@ -102,7 +107,7 @@ class TrainingTask:
         Raises:
             InfeasibleError: memory does not even suffice for the smallest choice.
         """
-        before = random_state()
+        put_back = snapshot()
         while True:
             try:
                 return work()
@@ -112,7 +117,7 @@ class TrainingTask:
                 reason = str(error).partition("\n")[0][:200]
             # Outside of the handler, so that what the failed step held is free by now.
             self._engine.out_of_memory(reason)
-            restore_random_state(before)
+            put_back()
             clear = getattr(self._parts.get("optimizer"), "zero_grad", None)
             if clear is not None:
                 clear()
