@@ -38,7 +38,7 @@ _STEPS = 2
 _CORESET_SHARE = 0.3
 _CORESET_SEED = 600
 _SCORING_EPOCHS = 4
-_QUICK_CORESET_EPOCHS = 32
+_QUICK_CORESET_EPOCHS = 24
 
 
 def step_times(last_unit: str, repeats: int) -> tuple[list[float], list[float]]:
