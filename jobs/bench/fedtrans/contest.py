@@ -110,12 +110,15 @@ def _variants(rounds: int) -> dict[str, FedTransConfig]:
         "random cells": FedTransConfig(growth=growing(rounds, select="random")),
         "no warm start": FedTransConfig(growth=growing(rounds, warm_start=False)),
         "nothing lent": FedTransConfig(growth=grown, mixture=MixtureConfig(what="nothing")),
-        "weights lent": FedTransConfig(growth=grown, mixture=MixtureConfig(what="weights")),
+        "lent downwards only": FedTransConfig(growth=grown, mixture=MixtureConfig(lend="down")),
+        "weights lent": FedTransConfig(
+            growth=grown, mixture=MixtureConfig(what="weights", eta=0.98)
+        ),
         "weights lent, cropped": FedTransConfig(
-            growth=grown, mixture=MixtureConfig(what="weights", projection="crop")
+            growth=grown, mixture=MixtureConfig(what="weights", projection="crop", eta=0.98)
         ),
         "mixture as printed": FedTransConfig(growth=grown, mixture=printed_mixture),
-        "no decay": FedTransConfig(growth=grown, mixture=MixtureConfig(eta=1.0)),
+        "lending decays by 0.9": FedTransConfig(growth=grown, mixture=MixtureConfig(eta=0.9)),
         "losses compared over all models": FedTransConfig(
             growth=grown, assignment=AssignmentConfig(peers=EVERYBODY)
         ),

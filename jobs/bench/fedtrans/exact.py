@@ -93,9 +93,9 @@ def mixture_constant(profile: Profile) -> Claim:
         k: ModelSum(np.full(m.net.n_params, 0.5 * 7.0), weight=7.0) for k, m in enumerate(family)
     }
     ages = range(0, 501, 10)
-    ours = MixtureConfig(what="weights", projection="crop")
+    ours = MixtureConfig(what="weights", projection="crop", eta=0.9)
     printed = dataclasses.replace(ours, normalise=False)
-    updates = MixtureConfig(projection="crop")
+    updates = MixtureConfig(projection="crop", eta=0.9)
     worst = max(float(abs(mixed(family, weights, 1, age, ours) - 0.5).max()) for age in ages)
     lent = max(float(abs(borrowed(family, sums, 1, age, updates).mean() - 0.5).max())
                for age in ages)  # fmt: skip

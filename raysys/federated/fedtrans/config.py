@@ -64,23 +64,26 @@ class MixtureConfig:
     """How models lend weights to their descendants.
 
     Args:
-        what: "updates": a relative's update of this round counts as training of the young model,
-            or "weights": its weights are averaged in (as printed); "nothing" trains every model
-            alone after its birth (ablation).
-        eta: decay of a relative's weight per round of the receiving model's age; 1 never decays.
+        what: "updates": a relative's update of this round counts as training of the model, or
+            "weights": its weights are averaged in (as printed); "nothing" trains every model alone
+            after its birth (ablation).
+        lend: updates go "down" to descendants only (as printed), or "both" ways.
+        eta: decay of a relative's share per round of the younger model's age; 1 never decays.
         clock: "age" of the receiving model, or the "round" of the job (as printed).
         normalise: False leaves ``eta`` out of the denominator (as printed; weights then shrink).
         projection: "lineage" through the stored unit maps, or "crop" by position (as printed).
     """
 
     what: str = "updates"
-    eta: float = 0.9
+    lend: str = "both"
+    eta: float = 1.0
     clock: str = "age"
     normalise: bool = True
     projection: str = "lineage"
 
     def __post_init__(self) -> None:
         check_choice(self, "what", ("updates", "weights", "nothing"))
+        check_choice(self, "lend", ("both", "down"))
         check_range(self, "eta", 0, 1, low_open=True)
         check_choice(self, "clock", ("age", "round"))
         check_choice(self, "projection", ("lineage", "crop"))

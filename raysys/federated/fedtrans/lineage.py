@@ -17,7 +17,14 @@ import numpy as np
 from raysys.errors import ConfigError
 from raysys.federated.core.model import FlatWeights
 from raysys.federated.fedtrans.network import CellNet, join, net_from_json
-from raysys.federated.fedtrans.transform import Mask, Step, apply_mask, apply_step, apply_weights
+from raysys.federated.fedtrans.transform import (
+    Mask,
+    Step,
+    apply_mask,
+    apply_step,
+    apply_weights,
+    fold_back,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,6 +183,32 @@ def project(
             values = apply_weights(net, values, step, draw=False)
             net = apply_step(net, step)
     return values, there
+
+
+def gather(
+    family: Sequence[Model], values: FlatWeights, descendant: int, index: int
+) -> tuple[FlatWeights, Mask]:
+    """The other way: a descendant's update of what it has from an ancestor, in the latter's shape.
+
+    Undoes :func:`project`; see :func:`~raysys.federated.fedtrans.transform.fold_back`.
+
+    Returns:
+        float32 [P] and bool [P] of the ancestor.
+
+    Raises:
+        ConfigError: ``index`` is no ancestor of ``descendant``.
+    """
+    line = ancestors(family, descendant)
+    if index not in line:
+        raise ConfigError("ancestor", index, f"one of {line}")
+    for child in line[: line.index(index)]:
+        net, nets = family[line[line.index(child) + 1]].net, []
+        for step in family[child].steps:
+            nets.append(net)
+            net = apply_step(net, step)
+        for before, step in zip(reversed(nets), reversed(family[child].steps)):
+            values = fold_back(before, values, step)
+    return values, np.ones(len(values), dtype=bool)
 
 
 def crop(

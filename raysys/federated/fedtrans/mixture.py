@@ -1,8 +1,9 @@
-"""Soft aggregation: young models borrow weights from their ancestors, less and less as they age.
+"""Soft aggregation: models borrow from their relatives, by how much they have in common.
 
-Section 5 of the paper. Where we differ: the coefficients sum to one (as printed they shrink the
-weights every round), the decay counts the receiving model's age and not the job's rounds, and a
-relative's weights come through the stored unit maps instead of by position.
+Section 5 of the paper. Where we differ: updates are lent instead of weights, and both ways; the
+coefficients sum to one (as printed they shrink the weights every round); a decay, if any, counts
+the younger model's age and not the job's rounds; and what a relative lends comes through the stored
+unit maps instead of by position.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from raysys.federated.fedtrans.lineage import (
     Model,
     ancestors,
     crop,
+    gather,
     project,
     similarity,
 )
@@ -34,24 +36,35 @@ def borrowed(
     round_id: int,
     config: MixtureConfig,
 ) -> ModelSum:
-    """The round's sums of a model with its living ancestors' added, before the server step.
+    """The round's sums of a model with its relatives' added, before the server step.
 
-    The child starts as the same function as its parent, so the update that its relatives' clients
-    found is training for it as well. Averaging weights instead pulls the copies of a unit back
-    together, round after round, as long as a relative counts.
+    A child starts as the same function as its parent, so the update that the parent's clients
+    found is training for it as well; and the child's update of what it has from its parent is
+    training for the parent. Averaging weights instead pulls relatives together for as long as they
+    count, and in the paper larger models that feed smaller ones so do harm.
 
     Args:
         sums: the round's sums by model; those of ``index`` must be there.
     """
     own = sums[index]
     delta, weight = own.delta.copy(), np.full(len(own.delta), own.weight)
+    lenders = 0
     for source, share, _ in _relatives(family, index, round_id, config):
         total = sums.get(source)
-        if total is None or total.weight <= 0:
-            continue
-        values, there = _carry(config)(family, total.mean().astype(np.float32), source, index)
-        delta[there] += share * total.weight * values[there]
-        weight[there] += share * total.weight
+        if total is not None and total.weight > 0:
+            values, there = _carry(config)(family, _mean(total), source, index)
+            delta[there] += share * total.weight * values[there]
+            weight[there] += share * total.weight
+            lenders += 1
+    for source, share in _heirs(family, index, round_id, config):
+        total = sums.get(source)
+        if total is not None and total.weight > 0:
+            values, there = gather(family, _mean(total), source, index)
+            delta[there] += share * total.weight * values[there]
+            weight[there] += share * total.weight
+            lenders += 1
+    if not lenders:
+        return own
     divided = np.divide(delta, weight, out=np.zeros_like(delta), where=weight > 0)
     return dataclasses.replace(own, delta=divided * own.weight)
 
@@ -95,6 +108,23 @@ def _relatives(
             alike = similarity(family, source, index)
             found.append((source, config.eta**clock * alike, alike))
     return found
+
+
+def _heirs(
+    family: Sequence[Model], index: int, round_id: int, config: MixtureConfig
+) -> list[tuple[int, float]]:
+    """Living descendants with their share, which decays by their own age; none as printed."""
+    if config.lend != "both":
+        return []
+    return [
+        (heir, config.eta ** (round_id - model.created) * similarity(family, index, heir))
+        for heir, model in enumerate(family)
+        if heir > index and model.retired is None and index in ancestors(family, heir)
+    ]
+
+
+def _mean(total: ModelSum) -> FlatWeights:
+    return total.mean().astype(np.float32)
 
 
 def _carry(config: MixtureConfig) -> Carry:

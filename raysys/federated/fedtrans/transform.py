@@ -148,6 +148,25 @@ def apply_mask(net: CellNet, mask: Mask, step: Step) -> Mask:
     return carried
 
 
+def fold_back(net: CellNet, values: FlatWeights, step: Step) -> FlatWeights:
+    """An update of the network after a step as one of ``net`` before it, float32 [P of net].
+
+    Fresh units and the inserted cell fall away; of copies, what they write is averaged and what is
+    read of them is added up, since the original's outgoing weights were shared out among them.
+    """
+    parts = apply_step(net, step).split(values)
+    if step.op == "deepen":
+        del parts[step.cell + 1]
+    elif step.split == "fresh":
+        for cell, infos in zip(parts, net.tensors()):
+            for number, info in enumerate(infos):
+                cell[number] = cell[number][tuple(slice(0, side) for side in info.shape)]
+    else:
+        for key, units in _unit_maps(net, step)[0].items():
+            parts = _narrow_space(net, parts, key, units)
+    return join(parts)
+
+
 def _unit_maps(net: CellNet, step: Step) -> tuple[dict[SpaceKey, UnitMap], np.random.Generator]:
     """The maps of a cell's spaces, and the stream that they were drawn from."""
     rng = np.random.default_rng(step.seed)
@@ -229,6 +248,31 @@ def _widen_space(
 
     return [
         [wider(values, info.axes) for values, info in zip(cell, infos)]
+        for cell, infos in zip(parts, net.tensors())
+    ]
+
+
+def _narrow_space(
+    net: CellNet, parts: list[list[Array]], key: SpaceKey, units: UnitMap
+) -> list[list[Array]]:
+    copies = np.bincount(units.source).astype(np.float32)
+
+    def narrower(values: Array, axes: tuple[Axis, ...]) -> Array:
+        for number, axis in enumerate(axes):
+            if axis.space != key:
+                continue
+            moved = np.moveaxis(values, number, 0)
+            blocks = moved.reshape(len(units.source), axis.block, -1)
+            total = np.zeros((len(copies), *blocks.shape[1:]), dtype=np.float32)
+            np.add.at(total, units.source, blocks)
+            if axis.role == "out":
+                total /= copies[:, None, None]
+            shape = (len(copies) * axis.block, *moved.shape[1:])
+            values = np.moveaxis(total.reshape(shape), 0, number)
+        return values
+
+    return [
+        [narrower(values, info.axes) for values, info in zip(cell, infos)]
         for cell, infos in zip(parts, net.tensors())
     ]
 

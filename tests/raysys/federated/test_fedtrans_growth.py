@@ -25,6 +25,7 @@ from raysys.federated.fedtrans.lineage import (
     crop,
     derive,
     first_model,
+    gather,
     model_from_json,
     project,
     similarity,
@@ -38,6 +39,7 @@ from raysys.federated.fedtrans.transform import (
     apply_step,
     apply_weights,
     deepen,
+    fold_back,
     possible_steps,
     unit_map,
     widen,
@@ -124,6 +126,16 @@ def test_equal_split_leaves_clones_and_shares_do_not() -> None:
         )
     assert gaps["equal"] < 1e-7
     assert gaps["uneven"] > 1e-4
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("split", ["fresh", "uneven", "equal"])
+def test_what_a_step_did_is_folded_back(name: str, split: Split) -> None:
+    net = ZOO[name]
+    values = net.initial(1)
+    for step in possible_steps(net, 2.5, 3, split):
+        back = fold_back(net, apply_weights(net, values, step), step)
+        assert np.allclose(back, values, atol=1e-6), step
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -216,8 +228,14 @@ def test_projection_carries_the_present_weights_through_the_stored_maps() -> Non
     cropped, mask = crop(family, values, 0, 2)
     assert mask.sum() == family[0].net.n_params
     assert np.isclose(np.sort(cropped[mask]), np.sort(values)).all()
+    for members in (family, fresh):
+        back, all_there = gather(members, project(members, values, 0, 2)[0], 2, 0)
+        assert np.allclose(back, values, atol=1e-6)
+        assert all_there.all()
     with pytest.raises(ConfigError, match="ancestor"):
         project(family, values, 2, 0)
+    with pytest.raises(ConfigError, match="ancestor"):
+        gather(family, values, 0, 2)
 
 
 def test_a_member_survives_being_written_down() -> None:

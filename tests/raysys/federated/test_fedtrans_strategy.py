@@ -31,7 +31,7 @@ from raysys.federated.fedtrans.config import (
     GrowthConfig,
     MixtureConfig,
 )
-from raysys.federated.fedtrans.lineage import derive, first_model
+from raysys.federated.fedtrans.lineage import derive, first_model, similarity
 from raysys.federated.fedtrans.mixture import borrowed, mixed
 from raysys.federated.fedtrans.network import CellNet
 from raysys.federated.fedtrans.rivals.capped import CappedFedAvg
@@ -234,7 +234,7 @@ def test_constants_in_constants_out(projection: str, age: int) -> None:
     child = derive(parent, 0, [Step(op="deepen", cell=1), Step(op="deepen", cell=0)], 0)
     family = [parent, child]
     weights = [np.full(m.net.n_params, 0.25, dtype=np.float32) for m in family]
-    config = MixtureConfig(what="weights", projection=projection)
+    config = MixtureConfig(what="weights", projection=projection, eta=0.9)
     assert np.allclose(mixed(family, weights, 1, age, config), 0.25, atol=1e-7)
     assert mixed(family, weights, 0, age, config) is weights[0]
     sums = {k: ModelSum(np.full(m.net.n_params, 2.0), weight=8.0) for k, m in enumerate(family)}
@@ -242,6 +242,28 @@ def test_constants_in_constants_out(projection: str, age: int) -> None:
     printed = dataclasses.replace(config, normalise=False)
     shrunk = mixed(family, weights, 1, 500, printed)
     assert shrunk.min() < 0.2  # the printed denominator loses weight
+
+
+def test_parent_and_child_lend_each_other_what_they_share() -> None:
+    parent = first_model(NET)
+    child = derive(parent, 0, [Step(op="widen", cell=0, factor=2.0)], 0)
+    family = [parent, child]
+    alike = similarity(family, 0, 1)
+    down, up = np.full(NET.n_params, 6.0), np.full(child.net.n_params, 2.0)
+    sums = {0: ModelSum(3 * down, weight=3.0), 1: ModelSum(5 * up, weight=5.0)}
+    both = MixtureConfig()
+    # Means of 6 (weight 3) and 2 (weight 5), the other's weight times the similarity.
+    assert np.allclose(
+        borrowed(family, sums, 0, 40, both).mean(), (18 + alike * 10) / (3 + alike * 5)
+    )
+    found = borrowed(family, sums, 1, 40, both).mean()
+    shared = (10 + alike * 18) / (5 + alike * 3)
+    assert np.isclose(found, shared).sum() == NET.n_params
+    assert np.isclose(found, 2.0).sum() == child.net.n_params - NET.n_params  # fresh units
+    printed = dataclasses.replace(both, lend="down")
+    assert borrowed(family, sums, 0, 40, printed) is sums[0]
+    decayed = borrowed(family, sums, 0, 40, dataclasses.replace(both, eta=0.5))
+    assert np.allclose(decayed.mean(), 6.0, atol=1e-6)
 
 
 def test_nobody_lends_to_a_model_whose_relatives_did_not_take_part() -> None:
