@@ -149,7 +149,9 @@ class DeviceAgent:
             async with self.device.edge(self.device.config.server, with_token=False) as client:
                 return await client.enrol(code, json.dumps(facts))
 
-        ticket = await self.device.patiently("enrolment", ask, None)
+        # A wrong address shows at the first enrolment; later ones outlive any loss of network.
+        again = bool(self.device.state.gateways)
+        ticket = await self.device.patiently("enrolment", ask, None, endless=again)
         if len(ticket.attributes) > 64 or len(ticket.gateways) > 1024 or len(ticket.token) > 8192:
             raise PlanRefusedError(
                 self.device.config.server, "an enrolment ticket of unreasonable size"

@@ -76,9 +76,17 @@ class Device:
         return dataclasses.replace(self.config.security, token=self.state.token)
 
     async def patiently(
-        self, what: str, ask: Callable[[], Awaitable[Result]], work: Work | None
+        self,
+        what: str,
+        ask: Callable[[], Awaitable[Result]],
+        work: Work | None,
+        *,
+        endless: bool = False,
     ) -> Result:
         """Try again after transient failures, for as long as the lease lives.
+
+        Args:
+            endless: there is no number of failures that is too many; only a stop ends it.
 
         Raises:
             RemoteError: a failure that will not pass, or too many. LeaseLostError: out of time.
@@ -92,7 +100,8 @@ class Device:
             except RemoteError as error:
                 failures += 1
                 transient = error.reason.startswith(TRANSIENT)
-                if not transient or failures >= self.config.retries or self.stopped.is_set():
+                spent = failures >= self.config.retries and not endless
+                if not transient or spent or self.stopped.is_set():
                     raise
                 if work is not None and self.clock() > work.expires_s:
                     raise LeaseLostError(f"{what}: the lease of job {work.job_id} has ended") from (

@@ -286,3 +286,27 @@ def test_two_devices_do_not_share_a_state_folder(tmp_path: Path) -> None:
     second.stop()
     second.device.state.gateways, second.device.state.token_until_s = ["g:1"], 1e18
     assert asyncio.run(second.run()) == 0
+
+
+def test_a_known_device_outlives_any_loss_of_network(tmp_path: Path) -> None:
+    device = Device(device_config(tmp_path, 0, "127.0.0.1:1", retries=3))
+    tries: list[int] = []
+
+    async def sleep(seconds: float) -> None:
+        assert seconds <= 10.0
+
+    async def ask() -> str:
+        tries.append(1)
+        if len(tries) <= 50:
+            raise RemoteError("server", "UNAVAILABLE: no route to host")
+        return "back"
+
+    device.sleep = sleep  # type: ignore[method-assign]
+    with pytest.raises(RemoteError, match="no route"):
+        asyncio.run(device.patiently("enrolment", ask, None))
+    assert len(tries) == 3
+    assert asyncio.run(device.patiently("enrolment", ask, None, endless=True)) == "back"
+    tries.clear()
+    device.stopped.set()
+    with pytest.raises(RemoteError):
+        asyncio.run(device.patiently("enrolment", ask, None, endless=True))

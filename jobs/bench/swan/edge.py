@@ -258,6 +258,7 @@ class _Fleet:
             most_wait_s=1.0,
             rest_s=0.5,
             timeout_s=5.0,
+            retries=500,  # of the first enrolment, through a network that keeps breaking
             samples=samples,
             engine=EngineConfig(nice=0, policy=policy),
             security=self._identities[number],
