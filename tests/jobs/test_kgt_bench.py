@@ -85,6 +85,34 @@ def test_rivals_train_beside_ours_and_stay_as_they_were_tuned(
     )
 
 
+def test_rivals_are_tuned_to_the_time_of_ours_on_the_measured_seeds(
+    tiny: tasks.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome = functools.partial(
+        tasks.Outcome, accuracy=0.5, evaluation_s=0.0, schedule=[], hit_rate=0.0, cache_bytes=0,
+        steps=1, curve=[],
+    )  # fmt: skip
+
+    def trained(task: Any, methods: Any, seed: int, **options: Any) -> dict[str, tasks.Outcome]:
+        spent = {"vanilla": 10.0, "kgt_cached": 4.0 + seed, "gradient_6": 5.0}
+        return {m: outcome(method=m, seed=seed, cpu_s=spent.get(m, 8.0)) for m in methods}
+
+    aimed: list[tuple[str, float]] = []
+
+    def start_for(task: Any, target: float, kind: str, upto: int = 0) -> float:
+        aimed.append((kind, target))
+        return 0.5
+
+    monkeypatch.setattr(tasks, "side_by_side", trained)
+    monkeypatch.setattr(tasks, "start_for", start_for)
+    rivals, found = runs.tuned_rivals(tiny, Profile(name="full"))
+    # Seeds 1 and 2 take 0.5 and 0.6 of vanilla; the schedules took 0.8 where 0.55 was predicted.
+    assert found["target_cpu_ratio"] == 0.55
+    again = pytest.approx(0.55 * 0.55 / 0.8)
+    assert aimed == [("linear", 0.55), ("static", 0.55), ("linear", again), ("static", again)]
+    assert rivals["gradient"].options == {"interval": tiny.steps // 6}
+
+
 def test_a_staircase_shows_what_was_frozen_until_when() -> None:
     rows = [
         {"method": "kgt", "seed": 1, "schedule": [[4, 2], [8, 0]], "steps": 10, "accuracy": 0.5,
