@@ -211,8 +211,8 @@ class FederatedJob:
         self.strategy.load({n.removeprefix(prefix): v for n, v in state.items() if prefix in n})
 
     def _select(self, demands: list[Demand]) -> Outcome:
-        # Looked at here, for a strategy may be wrapped after the job was made (actors/venn/cohorts.py);
-        # by name, which is what the protocol's isinstance does, slowly.
+        # Looked at here, for a strategy may be wrapped after the job was made, as Venn's is; by
+        # name, which is what the protocol's isinstance does, slowly.
         if hasattr(self.strategy, "select"):
             chooser = cast("SelectsDevices", self.strategy)
             return chooser.select(
