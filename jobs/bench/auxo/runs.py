@@ -91,7 +91,8 @@ class Outcome:
     Args:
         score: over all clients that the method has seen. curve: (device-rounds, mean accuracy).
         downloads: models sent, per participation. evaluations: extra model evaluations that a
-            participant did. seconds: CPU.
+            participant did. macs, bytes_down: of all devices, as the engine counts them.
+        seconds: CPU.
     """
 
     method: str
@@ -104,6 +105,8 @@ class Outcome:
     wasted: int
     explored: int
     events: list[dict[str, Any]]
+    macs: float
+    bytes_down: float
     seconds: float
 
     def reaches(self, target: float) -> int | None:
@@ -206,6 +209,7 @@ def run_method(run: Run) -> Outcome:
     job = FederatedJob(strategy, data.population, run.seed, screen=ScreenConfig(min_fraction=0.5))
     samples = data.data.samples()
     budget, spent, due = run.rounds * PER_ROUND, 0, EVERY * PER_ROUND
+    macs, down = 0.0, 0.0
     seen = np.zeros(data.population.n_clients, dtype=bool)
     curve: list[tuple[int, float]] = []
     begin = time.process_time()
@@ -213,11 +217,13 @@ def run_method(run: Run) -> Outcome:
         report = run_round(job, samples)
         seen[report.table.clients] = True
         spent += len(report.table.clients)
+        macs, down = macs + report.macs, down + report.bytes_down
         if spent >= due:
             due += EVERY * PER_ROUND
             curve.append((spent, score(strategy, data, spec, np.flatnonzero(seen)).mean))
     seconds = time.process_time() - begin
-    return _outcome(run.method, strategy, data, spec, seen, curve, spent, seconds)
+    found = score(strategy, data, spec, np.flatnonzero(seen))
+    return _outcome(run.method, strategy, found, curve, spent, macs, down, seconds)
 
 
 def score(
@@ -240,11 +246,11 @@ def score(
 def _outcome(
     method: str,
     strategy: Any,
-    data: Planted,
-    spec: ModelSpec,
-    seen: npt.NDArray[np.bool_],
+    found: CohortScore,
     curve: list[tuple[int, float]],
     spent: int,
+    macs: float,
+    bytes_down: float,
     seconds: float,
 ) -> Outcome:
     is_auxo = isinstance(strategy, Auxo)
@@ -252,7 +258,7 @@ def _outcome(
     extra = 0.0 if is_auxo else strategy.extra_downloads / max(spent, 1)
     return Outcome(
         method=method,
-        score=score(strategy, data, spec, np.flatnonzero(seen)),
+        score=found,
         curve=curve,
         device_rounds=spent,
         downloads=1.0 + extra,
@@ -261,5 +267,7 @@ def _outcome(
         wasted=strategy.wasted if is_auxo else 0,
         explored=strategy.explored if is_auxo else 0,
         events=[e for e in strategy.events if e["event"] != "blocked"] if is_auxo else [],
+        macs=macs,
+        bytes_down=bytes_down,
         seconds=seconds,
     )
