@@ -198,3 +198,32 @@ def test_stopped_trainings_do_not_pile_up(tmp_path: Path) -> None:
     module._forget_old(tmp_path / "old-0")
     left = sorted(path.name for path in tmp_path.glob("*"))
     assert left == ["old-0", "old-3", "old-4", "old-5"], "the one asked for, and the newest others"
+
+
+def test_a_stopped_training_resumes_at_its_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[int] = []
+
+    def stop_after_two(*given: Any, progress: Progress, **more: Any) -> Any:
+        class Stop:
+            def is_set(self) -> bool:
+                return progress.step >= 2
+
+        return train_plan(*given, progress=progress, **{**more, "stopped": Stop()})
+
+    def noted(*given: Any, folder: Path, **more: Any) -> Any:
+        files = sorted(path.name for path in folder.glob("step-*.swan"))
+        began.append(int(files[-1].removeprefix("step-").removesuffix(".swan")))
+        return train_plan(*given, folder=folder, **more)
+
+    async def scenario(control: DeviceControl, client: SwanDeviceClient) -> None:
+        monkeypatch.setattr(module, "train_plan", stop_after_two)
+        with pytest.raises(RemoteError, match="was stopped"):
+            await client.train(SHORT, WEIGHTS)
+        monkeypatch.setattr(module, "train_plan", noted)
+        delta, facts = await client.train(SHORT, WEIGHTS)
+        assert (began, facts["steps"]) == ([2], 5)
+        assert np.allclose(delta, train_plan(SHORT, WEIGHTS, control.samples).delta, atol=1e-6)
+
+    steer(tmp_path, scenario)
