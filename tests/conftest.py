@@ -49,6 +49,14 @@ def _cost(item: pytest.Item) -> int:
     return int("ray_session" in getattr(item, "fixturenames", ()))
 
 
+@pytest.fixture(autouse=True)
+def _same_cores() -> Iterator[None]:
+    """Give the test process its cores back: what pins threads must not shrink the next test."""
+    before = os.sched_getaffinity(0)
+    yield
+    os.sched_setaffinity(0, before)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[Session]:
     """The one private cluster of the run: four logical CPUs, a small object store."""
