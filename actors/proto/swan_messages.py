@@ -1,4 +1,4 @@
-"""The generated protocol of a steered device as untyped modules: generated code carries no annotations."""
+"""The generated protocol of a steered device, untyped: generated code carries no annotations."""
 
 from __future__ import annotations
 
