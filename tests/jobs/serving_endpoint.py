@@ -114,9 +114,15 @@ def served_endpoint(
 
 
 def _environment(address: str) -> dict[str, str]:
-    """Ray Serve LLM connects to Ray while the application is built, so --address comes too late."""
+    """Ray Serve LLM connects to Ray while the application is built, so --address comes too late.
+
+    The shared cluster is on loopback alone, and a driver that joins it must be told so.
+    """
+    from ray._private.ray_constants import ENABLE_RAY_CLUSTERS_ENV_VAR
+
     token = {"RAY_AUTH_MODE": "token"} if machine.has_ray_token() else {}
-    return {**token, **os.environ, "RAY_ADDRESS": address}
+    loopback = {ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
+    return {**token, **os.environ, **loopback, "RAY_ADDRESS": address}
 
 
 def _ready(url: str, process: Any, log: Path) -> bool:

@@ -328,7 +328,10 @@ class ActivationCache:
             "turn": self._turn,
             "off_reason": self.off_reason,
             "checksums": dict(self._checksums),
-            "stores": [(dataclasses.asdict(s.key), s.valid()) for s in self._stores],
+            # Tensors, not arrays: a checkpoint is read as tensors and plain values only.
+            "stores": [
+                (dataclasses.asdict(s.key), torch.from_numpy(s.valid())) for s in self._stores
+            ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -339,7 +342,7 @@ class ActivationCache:
         self._checksums = dict(state["checksums"])
         for key, valid in state["stores"]:
             store = self._open_store(tuple(key["shape"]), key["dtype"], key["boundary"])
-            store.restore(valid)
+            store.restore(valid.numpy())
         self._path = dict(state["path"])
 
     def close(self, *, keep: bool = False) -> None:
