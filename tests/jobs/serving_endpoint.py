@@ -107,7 +107,11 @@ def served_endpoint(
             yield url
         finally:
             process.send_signal(signal.SIGINT)
-            process.wait(60)
+            try:
+                process.wait(PATIENCE_S)
+            except subprocess.TimeoutExpired:  # a busy machine; the application is shut down below
+                process.kill()
+                process.wait()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 serve.shutdown()
