@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 import threading
 import time
@@ -52,6 +53,7 @@ from raysys.federated.swan.profile import check_plain
 from raysys.federated.swan.willingness import refusal
 
 CHUNK_BYTES = 256 * 1024
+_log = logging.getLogger(__name__)
 PROGRESS_S = 0.25
 FOLDER = "steered"
 KEPT_STOPPED = 3
@@ -151,8 +153,9 @@ class DeviceControl(rpc.SwanDeviceServicer):  # type: ignore[misc]
         finally:
             # Also when the caller has hung up: nobody waits for this training any more.
             running.stopped.set()
-            with contextlib.suppress(Exception):
-                await work
+            (ended,) = await asyncio.gather(work, return_exceptions=True)
+            if isinstance(ended, Exception):  # its caller may be gone and never hear of it
+                _log.warning("a training ended early: %r", ended)
             self._running = None
             self.device.save()
         self.trained += 1

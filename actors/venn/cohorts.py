@@ -28,7 +28,12 @@ from raysys.federated.core.messages import IntArray
 from raysys.federated.core.population import Population
 from raysys.federated.core.privacy import PrivateAvg
 from raysys.federated.core.randomness import Purpose, generator
-from raysys.federated.core.strategy import RoundReport, SelectsDevices, Strategy
+from raysys.federated.core.strategy import (
+    RoundReport,
+    SelectsDevices,
+    Strategy,
+    WrappedStrategy,
+)
 from raysys.federated.venn.gateway import DECLINED, DONE, FAILED
 
 MakeJob = Callable[[Population], FederatedJob]
@@ -120,25 +125,20 @@ class _Ticket:
     leases: dict[int, Enrolment]
 
 
-class VennDevices:
+class VennDevices(WrappedStrategy):
     """A strategy whose devices come from Venn; everything else is the wrapped strategy's.
 
     Connects at the first round; :meth:`leave` or :func:`finish_job` end the job at the service.
     """
 
     def __init__(self, inner: Strategy, config: VennConfig) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.config = config
         self._calls = 0
         self._ticket: _Ticket | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._fleet: Fleet | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        if name in {"inner", "config"}:  # not there yet while unpickling
-            raise AttributeError(name)
-        return getattr(self.inner, name)
 
     def select(
         self,

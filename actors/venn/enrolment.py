@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import logging
 import secrets
 from collections import defaultdict
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ Ints = npt.NDArray[np.int64]
 _LINE_BYTES = 4096
 _KEPT_ARRIVALS = 1_000_000
 _DOOR_TIMEOUT_S = 5.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +174,8 @@ class Fleet:
                 await writer.drain()
                 writer.close()
                 await writer.wait_closed()
-        except (OSError, ValueError, TimeoutError, ConfigError):
+        except (OSError, ValueError, TimeoutError, ConfigError) as error:
+            _log.warning("%d devices given back: job door %s: %s", len(devices), place, error)
             await self.release(devices, FAILED)
 
     async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
@@ -11,21 +11,14 @@ from raysys.federated.core.engine import FederatedJob
 from raysys.federated.core.messages import IntArray, ScreenConfig
 from raysys.federated.core.population import Population
 from raysys.federated.core.runner import run_round
-from raysys.federated.core.strategy import RoundReport, Strategy
+from raysys.federated.core.strategy import RoundReport, Strategy, WrappedStrategy
 from raysys.federated.core.training import Samples
 
 
-class _Granted:
+class _Granted(WrappedStrategy):
     """The wrapped strategy, save that it is told who takes part."""
 
-    def __init__(self, inner: Strategy) -> None:
-        self.inner = inner
-        self.clients: IntArray = np.empty(0, dtype=np.int64)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "inner":  # not there yet while unpickling
-            raise AttributeError(name)
-        return getattr(self.inner, name)
+    clients: IntArray = np.empty(0, dtype=np.int64)
 
     def select(
         self,

@@ -264,8 +264,8 @@ def test_clients_that_leave_give_their_places_back(endpoint: str) -> None:
         with open_stream(endpoint):
             pass
     wait_for(everything_is_free, "the blocks of those who left")
-    wait_for(lambda: chat_once(endpoint), "a place")
-    wait_for(lambda: not any(s.error for s in client_of(endpoint).burst(chats(6, 2))), "all")
+    assert wait_for(lambda: chat_once(endpoint), "a place")
+    assert wait_for(lambda: not any(s.error for s in client_of(endpoint).burst(chats(6, 2))), "all")
 
 
 def test_a_killed_engine_fails_its_streams_and_is_replaced(endpoint: str) -> None:

@@ -90,6 +90,10 @@ class BufferedArrivals:
                 f"at most the population of {population.n_clients}",
             )  # fmt: skip
 
+    def versions_of(self, clients: IntArray) -> IntArray:
+        """Versions that accepted clients trained from, int64 [k]."""
+        return np.array([self.started_from[c] for c in clients.tolist()], dtype=np.int64)
+
     def select(
         self,
         population: Population,
@@ -201,8 +205,7 @@ class FedBuff(FedAvg):
 
     def assign(self, round_id: int, clients: IntArray) -> list[Assignment]:
         """One assignment per version that somebody started from."""
-        started = self._arrivals.started_from
-        versions = np.array([started[c] for c in clients.tolist()], dtype=np.int64)
+        versions = self._arrivals.versions_of(clients)
         return [
             Assignment(
                 clients=clients[versions == v],

@@ -182,3 +182,15 @@ class Strategy(Protocol):
             ConfigError: the state is of another model or another kind of strategy.
         """
         ...
+
+
+class WrappedStrategy:
+    """Hands all that a subclass does not define to the strategy inside."""
+
+    def __init__(self, inner: Strategy) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":  # not there yet while unpickling
+            raise AttributeError(name)
+        return getattr(self.inner, name)

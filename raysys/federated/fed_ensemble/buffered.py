@@ -89,8 +89,7 @@ class BufferedEnsemble(FedEnsemble):
 
     def assign(self, round_id: int, clients: IntArray) -> list[Assignment]:
         """One assignment per version and member that somebody started from."""
-        started = self._arrivals.started_from
-        versions = np.array([started[c] for c in clients.tolist()], dtype=np.int64)
+        versions = self._arrivals.versions_of(clients)
         models = np.zeros_like(versions)
         for version in np.unique(versions).tolist():
             then = versions == version

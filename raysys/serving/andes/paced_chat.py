@@ -36,6 +36,13 @@ def pieces_of(chunk: Any) -> Pieces:
     return Pieces([text] if text else []) if len(words) < 2 else Pieces.of_words(words)
 
 
+def _pacer(
+    spec: QoESpec, clock: Clock, submitted_s: float | None, options: dict[str, Any]
+) -> Pacer[str]:
+    """The pacer of a stream that was asked for at ``submitted_s``, or now."""
+    return Pacer(spec, clock() if submitted_s is None else submitted_s, **options)
+
+
 class PacedChat:
     """Text of a blocking stream at reading pace; an iterator and a context manager.
 
@@ -59,9 +66,7 @@ class PacedChat:
         **pacer: Any,
     ) -> None:
         self._stream = stream
-        self._pacer: Pacer[str] = Pacer(
-            spec, clock() if submitted_s is None else submitted_s, **pacer
-        )
+        self._pacer = _pacer(spec, clock, submitted_s, pacer)
         self._shown = paced_sync(map(pieces_of, stream), self._pacer, clock)
 
     def __iter__(self) -> Iterator[str]:
@@ -103,9 +108,7 @@ class AsyncPacedChat:
         **pacer: Any,
     ) -> None:
         self._stream = stream
-        self._pacer: Pacer[str] = Pacer(
-            spec, clock() if submitted_s is None else submitted_s, **pacer
-        )
+        self._pacer = _pacer(spec, clock, submitted_s, pacer)
         self._shown = paced(_pieces(stream), self._pacer, clock)
 
     def __aiter__(self) -> AsyncIterator[str]:
