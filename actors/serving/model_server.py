@@ -7,6 +7,7 @@ engine's exception made Ray Serve's controller import vLLM, and stand still mean
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from typing import Any
@@ -16,6 +17,7 @@ from ray.serve.llm.deployment import LLMServer
 
 from actors.serving.refusals import engine_error
 
+_log = logging.getLogger(__name__)
 # Where vLLM raises one of these, it is about the request; its own server answers them as such.
 ABOUT_THE_REQUEST = (TypeError, OverflowError, NotImplementedError, TemplateError)
 FIELDS = {"chat": "messages", "completions": "prompt", "tokenize": "prompt", "detokenize": "tokens"}
@@ -77,4 +79,6 @@ async def refusing(
     except ABOUT_THE_REQUEST as error:
         if begun:
             raise
+        # The client is told; whether it was really its mistake can be seen here.
+        _log.warning("refused before the first token: %r", error, exc_info=error)
         yield engine_error(error, field)
