@@ -21,6 +21,7 @@ from raysys.federated.core.recipe import FederatedConfig, load_data, make_popula
 from raysys.runs import RunDirectory
 
 ROUNDS = 300
+WORKERS = 2
 LOSE_AFTER = 8
 
 
@@ -32,7 +33,7 @@ def train(run_uri: str, on_round: Callable[[int], None]) -> tuple[str, int]:
     spec = config.model.spec(data)
     RunDirectory.create(run_uri, job="test", config={}, seeds=[], now="2026-01-01")
     federated = FederatedRun(
-        config, data, population, spec, workers=2, run_uri=run_uri, checkpoint_every=50
+        config, data, population, spec, workers=WORKERS, run_uri=run_uri, checkpoint_every=50
     )
     try:
         for summary in federated.rounds(ROUNDS):
@@ -53,9 +54,15 @@ def worker_nodes() -> list[str]:
 
 
 def wait_for_others(gone: str, limit_s: float = 90.0) -> list[str]:
-    """Nodes of the workers once Ray's records have dropped those of a lost node."""
+    """Nodes of the workers once both live in Ray's records, none of them on a lost node.
+
+    A replacement that still starts is not alive in the records, although its rounds may be over.
+    """
     deadline = time.monotonic() + limit_s
-    while gone in (nodes := worker_nodes()) and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        nodes = worker_nodes()
+        if len(nodes) >= WORKERS and gone not in nodes:
+            break
         time.sleep(0.5)
     return nodes
 
