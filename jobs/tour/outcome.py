@@ -13,7 +13,7 @@ from jobs.tour.stage import Row, Stage, StageResult
 from raysys.report import Cell, Section, Table, render_page
 from raysys.report.page import Tone
 
-HEADERS = ("system", "what was measured", "unit", "baseline", "ours", "ours / baseline")
+HEADERS = ("what was measured", "baseline", "ours", "ours / baseline")
 EVEN = 0.02
 
 
@@ -56,8 +56,7 @@ def console_table(outcomes: Sequence[Outcome]) -> ConsoleTable:
         if outcome.result is None:
             table.add_row(outcome.stage.title, outcome.state)
         for number, row in enumerate(outcome.result.rows if outcome.result else ()):
-            measure = f"{row.measure} [{row.unit}] {'↑' if row.better == 'higher' else '↓'}"
-            baseline, ours, ratio = _texts(row)[2:]
+            measure, baseline, ours, ratio = _texts(row)
             title = "" if number else outcome.stage.title
             table.add_row(title, escape(measure), baseline, ours, ratio)
         table.add_section()
@@ -65,8 +64,13 @@ def console_table(outcomes: Sequence[Outcome]) -> ConsoleTable:
 
 
 def render_report(outcomes: Sequence[Outcome], lead: str, footer: str) -> str:
-    """The HTML page: an overview, then a section a stage."""
-    overview = Section(title="All figures", tables=[_overview(outcomes)])
+    """The HTML page: a figure of each stage, then a section a stage."""
+    overview = Section(
+        title="At a glance",
+        lead="One figure of each system (↑ higher, ↓ lower is better); its section below has "
+        "all of them, a plot, and the command that runs the system for real.",
+        tables=[_overview(outcomes)],
+    )
     return render_page(
         "raysys tour", lead, [overview, *(_section(outcome) for outcome in outcomes)], footer
     )
@@ -77,11 +81,11 @@ def _overview(outcomes: Sequence[Outcome]) -> Table:
     for outcome in outcomes:
         if outcome.result is None:
             reason = outcome.missing or outcome.failure
-            rows.append([outcome.stage.title, Cell(text=reason, tone="muted"), "", "", "", ""])
+            rows.append([outcome.stage.title, Cell(text=reason, tone="muted"), "", "", ""])
         else:
-            for number, row in enumerate(outcome.result.rows):
-                rows.append(["" if number else outcome.stage.title, *_cells(row)])
-    return Table(headers=HEADERS, rows=rows)
+            row = outcome.result.rows[outcome.result.headline]
+            rows.append([outcome.stage.title, *_cells(row)])
+    return Table(headers=("system", *HEADERS), rows=rows)
 
 
 def _section(outcome: Outcome) -> Section:
@@ -96,25 +100,24 @@ def _section(outcome: Outcome) -> Section:
     return Section(
         title=stage.title,
         lead=stage.problem,
-        tables=[Table(headers=HEADERS[1:], rows=[_cells(row) for row in result.rows])],
+        tables=[Table(headers=HEADERS, rows=[_cells(row) for row in result.rows])],
         plots=result.plots,
         notes=[*result.notes, f"The stage took {outcome.duration_s:.0f} s."],
         command=stage.command,
     )
 
 
-def _texts(row: Row) -> tuple[str, str, str, str, str]:
-    arrow = "higher is better" if row.better == "higher" else "lower is better"
+def _texts(row: Row) -> tuple[str, str, str, str]:
+    measure = f"{row.measure} [{row.unit}] {'↑' if row.better == 'higher' else '↓'}"
     ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
     baseline = f"{_number(row.baseline)} ({row.baseline_name})"
-    return f"{row.measure} ({arrow})", row.unit, baseline, _number(row.ours), ratio
+    return measure, baseline, _number(row.ours), ratio
 
 
 def _cells(row: Row) -> list[str | Cell]:
-    measure, unit, baseline, ours, ratio = _texts(row)
+    measure, baseline, ours, ratio = _texts(row)
     return [
         measure,
-        unit,
         Cell(text=baseline),
         Cell(text=ours, number=True),
         Cell(text=ratio, number=True, tone=_tone(row)),

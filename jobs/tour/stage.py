@@ -40,11 +40,21 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class StageResult:
-    """What a stage measured, for the table and the report."""
+    """What a stage measured, for the table and the report.
+
+    Args:
+        rows: all figures, at least one.
+        headline: index of the row that stands for the stage on top of the page.
+    """
 
     rows: Sequence[Row]
     plots: Sequence[Plot] = ()
     notes: Sequence[str] = ()
+    headline: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.headline < len(self.rows):
+            raise ConfigError("headline", self.headline, f"an index of {len(self.rows)} rows")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

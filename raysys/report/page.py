@@ -11,6 +11,7 @@ from raysys.report.figures import Plot, to_svg
 from raysys.report.style import STYLE
 
 Tone = Literal["", "good", "bad", "muted"]
+CARD_COLUMNS = 4  # tables from here on do not fit a phone's width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,20 +89,33 @@ def _section(number: int, section: Section) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{_text(header)}</th>' for header in table.headers)
-    rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in table.rows)
+    """A table; on a narrow screen one of many columns becomes a list of cards, a row each.
+
+    The roles keep it a table for screen readers when the style changes ``display``.
+    """
+    heads = "".join(
+        f'<th scope="col" role="columnheader">{_text(header)}</th>' for header in table.headers
+    )
+    rows = "".join(_row(row, table.headers) for row in table.rows)
     caption = f"<caption>{_text(table.caption)}</caption>" if table.caption else ""
+    kind = ' class="cards"' if len(table.headers) >= CARD_COLUMNS else ""
     return (
-        f'<div class="scroll" tabindex="0"><table>{caption}<thead><tr>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
+        f'<div class="scroll" tabindex="0"><table{kind} role="table">{caption}'
+        f'<thead role="rowgroup"><tr role="row">{heads}</tr></thead>'
+        f'<tbody role="rowgroup">{rows}</tbody></table></div>'
     )
 
 
-def _cell(value: str | Cell) -> str:
+def _row(row: Sequence[str | Cell], headers: Sequence[str]) -> str:
+    cells = [_cell(value, header) for value, header in zip(row, headers, strict=True)]
+    return f'<tr role="row">{"".join(cells)}</tr>'
+
+
+def _cell(value: str | Cell, header: str) -> str:
     cell = Cell(text=value) if isinstance(value, str) else value
     names = " ".join(name for name in (cell.tone, "number" if cell.number else "") if name)
     attribute = f' class="{names}"' if names else ""
-    return f"<td{attribute}>{_text(cell.text)}</td>"
+    return f'<td role="cell" data-label="{_text(header)}"{attribute}>{_text(cell.text)}</td>'
 
 
 def _plot(plot: Plot) -> str:

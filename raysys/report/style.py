@@ -35,5 +35,17 @@ figcaption, .notes { color: var(--soft); font-size: .88rem; }
 .warning { border-left: 4px solid var(--bad); padding: .5rem .8rem; background: var(--panel); }
 pre { background: var(--panel); padding: .7rem .9rem; border-radius: 6px; overflow-x: auto;
   font-size: .88rem; }
+@media (max-width: 40rem) {
+  table.cards, table.cards caption, .cards tbody, .cards tr, .cards td { display: block; }
+  .cards thead { display: none; }
+  .cards tr { padding: .5rem 0; border-bottom: 1px solid var(--line); }
+  .cards td { display: flex; gap: .8rem; padding: .1rem 0; border: 0; white-space: normal;
+    overflow-wrap: anywhere; }
+  .cards td::before { content: attr(data-label); flex: 0 0 7.5rem; color: var(--soft);
+    font-weight: 400; }
+  .cards td:first-child { font-weight: 600; }
+  .cards td:first-child::before { content: none; }
+  .cards td:empty { display: none; }
+}
 footer { color: var(--soft); font-size: .85rem; margin-top: 3rem; }
 """

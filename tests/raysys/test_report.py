@@ -72,7 +72,15 @@ def test_text_is_escaped() -> None:
     text = page()
     assert "&lt;script&gt;" in text
     assert "Title &amp; co" in text
-    assert '<td class="good number">3</td>' in text
+    assert re.search(r'<td role="cell" data-label="[^"]*" class="good number">3</td>', text)
+
+
+def test_only_tables_too_wide_for_a_phone_become_cards() -> None:
+    narrow = Section(title="n", tables=[Table(headers=("a", "b"), rows=[("1", "2")])])
+    wide = Section(title="w", tables=[Table(headers="abcd", rows=[tuple("1234")])])
+    assert 'class="cards"' not in render_page("t", "l", [narrow])
+    assert 'data-label="d">4</td>' in render_page("t", "l", [wide])
+    assert 'class="cards"' in render_page("t", "l", [wide])
 
 
 def test_svg_follows_the_theme() -> None:

@@ -82,6 +82,7 @@ def run(context: StageContext) -> StageResult:
     ]
     return StageResult(
         rows=rows,
+        headline=1,
         plots=[_curve(points, spreads, central.accuracy)],
         notes=[
             f"{CLIENTS} clients of about {len(data.targets) // CLIENTS} digits, two classes each; "
