@@ -7,6 +7,7 @@ order: sixteen classes, generated, so no data are needed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from jobs.bench.lte import models
+from jobs.bench.pieces import Piece, measure_pieces
 from raysys.bench import Baseline, Claim, Profile
 from raysys.training.lte.baselines.oracle import TopExperts
 from raysys.training.lte.baselines.predictors import deja_vu, moefication
@@ -41,7 +44,7 @@ class TaskConfig:
     """
 
     rows: int = 4096
-    tests: int = 1024
+    tests: int = 16384
     hidden: int = 48
     neurons: int = 192
     layers: int = 2
@@ -87,10 +90,19 @@ def small_task(profile: Profile) -> Claim:
     """Accuracy of LTE minus the better of MoEfication's and Deja Vu's predictors, 85 % off."""
     config = TaskConfig()
     seeds = profile.pick((0,), (0, 1, 2))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    threads = models.single_thread()
     try:
-        rows = [run_seed(config, seed) for seed in seeds]
+        rows = measure_pieces(
+            profile.partial,
+            [
+                Piece(
+                    f"lte-task-{seed}",
+                    {"config": dataclasses.asdict(config), "seed": seed},
+                    functools.partial(run_seed, config, seed),
+                )
+                for seed in seeds
+            ],
+        )
     finally:
         torch.set_num_threads(threads)
     means = {name: statistics.mean(row[name]["accuracy"] for row in rows) for name in rows[0]}

@@ -23,6 +23,7 @@ from raysys.training.lte.baselines.pruning import teal, wanda
 from raysys.training.lte.baselines.routers import FixedTopK, SigmaTopK, noisy_top_k
 from raysys.training.lte.config import ConvertConfig, StageConfig
 from raysys.training.lte.contest_config import ContestConfig
+from raysys.training.lte.contest_states import States, run_stage
 from raysys.training.lte.conversion import convert_model
 from raysys.training.lte.evaluation import Evaluation, evaluate
 from raysys.training.lte.fitting import fit_routers, land
@@ -32,6 +33,7 @@ from raysys.training.lte.text import Batch, TokenBlocks
 
 Progress = Callable[[dict[str, Any]], None]
 SAMPLE_BLOCKS = 64  # training blocks for predictors and thresholds
+LANDING_BLOCKS = 256  # training blocks on which LTE lands on the wanted sparsity
 
 
 class Contest:
@@ -42,28 +44,31 @@ class Contest:
         train, held_out: blocks of tokens.
         base: weights of the dense model, as :meth:`train_base` returns them.
         seed: of the data order and of routers.
+        states: where trainings keep their states, one folder per seed; None keeps nothing.
     """
 
     def __init__(
         self, config: ContestConfig, train: TokenBlocks, held_out: TokenBlocks,
         base: Mapping[str, Tensor], seed: int, on_step: Progress | None = None,
+        states: States | None = None,
     ) -> None:  # fmt: skip
         self.config, self.train, self.base, self.seed = config, train, base, seed
         self.test = held_out.all_batches(config.batch, config.held_out or None)
-        self.on_step = on_step
+        self.on_step, self.states = on_step, states
         self._tuned: dict[str, dict[str, Tensor]] = {}
         self.stages: dict[str, Stage] = {}
 
     @staticmethod
     def train_base(
-        config: ContestConfig, train: TokenBlocks, seed: int = 0, on_step: Progress | None = None
-    ) -> dict[str, Tensor]:
+        config: ContestConfig, train: TokenBlocks, seed: int = 0, on_step: Progress | None = None,
+        states: States | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Train the dense model from scratch; returns its weights."""
         sparse = SparseModel(config.model(seed), ConvertConfig(expert_size=config.expert_size))
         options = StageConfig(
             stage=0, steps=config.base_steps, batch=config.batch, lr=config.base_lr, seed=seed
         )
-        Stage(sparse, train, options).run(on_step=on_step)
+        run_stage(Stage(sparse, train, options), "base", states, on_step)
         return _dense_weights(sparse.model)
 
     # --- the methods -----------------------------------------------------------------------
@@ -71,6 +76,9 @@ class Contest:
     def run(self, name: str) -> dict[str, Any]:
         """Train and evaluate one method of :data:`METHODS`; a JSON-ready row."""
         row: dict[str, Any] = METHODS[name](self)
+        if self.states is not None:
+            for state in (name, f"{name}-1", f"{name}-2"):
+                self.states.drop(state)
         return {"method": name, "seed": self.seed, **row}
 
     def dense(self) -> dict[str, Any]:
@@ -94,9 +102,10 @@ class Contest:
         )  # fmt: skip
         teacher = self._teacher() if config.distil else None
         stage = Stage(sparse, self.train, one, teacher=teacher)
-        stage.run(on_step=self.on_step)
+        self._run(stage, "lte-1")
         soft = evaluate(sparse, self.test, mode="soft").nll
-        land(sparse, self._sample()[:4], config.sparsity)
+        landing = self.train.all_batches(config.batch, LANDING_BLOCKS)
+        land(sparse, landing, config.sparsity)
         switched = evaluate(sparse, self.test, mode="hard").nll
         # Stage 2 sees other data than stage 1: the sampler goes on where stage 1 ended.
         two = self._options(
@@ -106,7 +115,8 @@ class Contest:
             lr=config.lr * config.stage2_rate,
         )
         second = Stage(sparse, _Later(self.train, first), two, teacher=teacher)
-        second.run(on_step=self.on_step)
+        self._run(second, "lte-2")
+        land(sparse, landing, config.sparsity)  # the model moved under its frozen routers
         found = evaluate(sparse, self.test, mode="hard")
         self.stages = {"lte1": stage, "lte2": second}
         extra = {"nll_soft": soft, "nll_hard_before_stage2": switched, "eta": stage.eta}
@@ -188,26 +198,38 @@ class Contest:
 
     def noisy_top_k(self) -> dict[str, Any]:
         """Noisy top-k softmax router trained with the model."""
-        return self._trained(lambda s: noisy_top_k(s, self.config.sparsity))
+        return self._trained("noisy_top_k", lambda s: noisy_top_k(s, self.config.sparsity))
 
     def sigma_moe(self) -> dict[str, Any]:
         """Sigmoid top-k router trained with the model."""
-        return self._trained(lambda s: [SigmaTopK(self.config.sparsity)] * len(s.gates))
+        sparsity = self.config.sparsity
+        return self._trained("sigma_moe", lambda s: [SigmaTopK(sparsity)] * len(s.gates))
 
     def random_router(self) -> dict[str, Any]:
         """Fixed random router, the model tuned to it."""
-        return self._trained(lambda s: [FixedTopK(self.config.sparsity)] * len(s.gates))
+        sparsity = self.config.sparsity
+        return self._trained("random_router", lambda s: [FixedTopK(sparsity)] * len(s.gates))
 
     # --- shared ----------------------------------------------------------------------------
 
     def tuned(self, activation: str = "silu") -> dict[str, Tensor]:
         """Weights of the dense model after the common number of steps; trained once."""
+        name = f"tuned-{activation}"
+        kept = self.states.load(name) if self.states and activation not in self._tuned else None
+        if kept is not None:
+            self._tuned[activation] = kept
         if activation not in self._tuned:
             sparse = self._gated(self.base, activation)
             options = self._options(stage=0, steps=self.config.steps)
-            Stage(sparse, self.train, options).run(on_step=self.on_step)
+            self._run(Stage(sparse, self.train, options), f"{name}-training")
             self._tuned[activation] = _dense_weights(sparse.model)
+            if self.states is not None:
+                self.states.save(name, self._tuned[activation])
+                self.states.drop(f"{name}-training")
         return self._tuned[activation]
+
+    def _run(self, stage: Stage, name: str) -> None:
+        run_stage(stage, name, self.states, self.on_step)
 
     def _options(self, **changes: Any) -> StageConfig:
         common = {"lr": self.config.lr, "batch": self.config.batch, "seed": 1 + self.seed}
@@ -252,13 +274,13 @@ class Contest:
         found = evaluate(sparse, self.test, mode=None)
         return self._row(found, found.sparsity.overall)
 
-    def _trained(self, choose: Callable[[SparseModel], list[Any]]) -> dict[str, Any]:
+    def _trained(self, name: str, choose: Callable[[SparseModel], list[Any]]) -> dict[str, Any]:
         sparse = self._converted(self.base)
         selectors = choose(sparse)
         options = self._options(
             stage=1, steps=self.config.steps, eta=0.0, lam=0.0, router_lr=self.config.router_lr
         )
-        Stage(sparse, self.train, options, selectors=selectors).run(on_step=self.on_step)
+        self._run(Stage(sparse, self.train, options, selectors=selectors), name)
         sparse.set_selectors(selectors)
         found = evaluate(sparse, self.test, mode=None)
         return self._row(found, found.sparsity.overall)
