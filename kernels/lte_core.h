@@ -2,7 +2,7 @@
 // inside the same namespace. Weights are rows of neurons: input rows [f, d], output rows [f, d].
 
 constexpr int TILE = 4;   // tokens that share one pass over an expert's weights
-constexpr int ROWS = 8;   // accumulators of a pass: 8 rows x 1 token, or 2 rows x 4 tokens
+constexpr int WIDE = LANES == 16 ? 4 : 3;  // rows x 4 tokens that fit into 32 or 16 registers
 
 // How x and a weight row meet: W is the weight's type, X the type of x it is multiplied with.
 template <class W, class X>
@@ -58,7 +58,7 @@ static void dots_n(const typename M::Weight* w, int64_t rows, const typename M::
   constexpr int R = N == 1 ? 8 : (N == 2 ? 4 : 2);
   int64_t r = 0;
   if constexpr (N == 4)
-    for (; r + 4 <= rows; r += 4) block<M, 4, N>(w + r * d, x, d, out + r, stride);
+    for (; r + WIDE <= rows; r += WIDE) block<M, WIDE, N>(w + r * d, x, d, out + r, stride);
   for (; r + R <= rows; r += R) block<M, R, N>(w + r * d, x, d, out + r, stride);
   for (; r < rows; ++r) block<M, 1, N>(w + r * d, x, d, out + r, stride);
 }
@@ -254,6 +254,38 @@ static void route_rows(const Layer& l, const X* x, int64_t T, int64_t first, int
   }
 }
 
+// z[t, :] = act(z) (* up) where an expert of [first, last) is on, else 0; z and up are [T, f].
+template <class W>
+static void activate_rows(const Layer& l, W* z, const W* up, int64_t T, const int32_t* offsets,
+                          const int32_t* tokens, int64_t first, int64_t last) {
+  const int64_t E = l.E;
+  Scratch& scratch = scratch_of_thread();
+  float* g = scratch.floats(0, E);
+  float* u = scratch.floats(1, E);
+  std::vector<int32_t>& next = scratch.lists;  // place in each expert's list of tokens
+  next.assign(offsets + first, offsets + last);
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t e = first; e < last; ++e) {
+      W* row = z + t * l.f + e * E;
+      int32_t& i = next[size_t(e - first)];
+      if (i == offsets[e + 1] || tokens[i] != t) {
+        std::memset(row, 0, size_t(E) * sizeof(W));
+        continue;
+      }
+      ++i;
+      for (int64_t j = 0; j < E; ++j) g[j] = widen(row[j]);
+      if (up)
+        for (int64_t j = 0; j < E; ++j) u[j] = widen(up[t * l.f + e * E + j]);
+      if (l.bias)
+        for (int64_t j = 0; j < E; ++j) {
+          g[j] += l.bias[e * E + j];
+          if (up) u[j] += l.bias[l.f + e * E + j];
+        }
+      activate(g, up ? u : nullptr, E, l.act);
+      for (int64_t j = 0; j < E; ++j) put(row + j, g[j]);
+    }
+}
+
 static const float* widened(const void* x, int64_t count) {
   const bf16* from = static_cast<const bf16*>(x);
   float* to = scratch_of_thread().floats(2, count);
@@ -285,5 +317,10 @@ static const Kernels KERNELS = {
       return Down<bf16>::finish(y, l.d, out);
     },
     widened,
+    [](const Layer& l, void* z, const void* up, int64_t T, const int32_t* o, const int32_t* t,
+       int64_t a, int64_t b) {
+      if (l.dtype == F32) return activate_rows(l, (float*)z, (const float*)up, T, o, t, a, b);
+      return activate_rows(l, (bf16*)z, (const bf16*)up, T, o, t, a, b);
+    },
     std::is_same<InputOfBf16, bf16>::value,
 };

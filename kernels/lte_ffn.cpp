@@ -193,6 +193,16 @@ void lte_masked(const Layer* l, const void* x, int64_t T, int isa, int threads,
   compute(k, *l, inputs_of(k, *l, x, T, false), T, threads, offsets, tokens, y);
 }
 
+// The dense path's middle, in place: z [T, f] = act(z) (* up) where an expert is on, else 0.
+void lte_activate(const Layer* l, void* z, const void* up, int64_t T, int isa, int threads,
+                  const int32_t* offsets, const int32_t* tokens) {
+  const Kernels& k = kernels_of(isa);
+  const int parts = T * l->f < (1 << 16) ? 1 : int(std::min<int64_t>(threads, l->n));
+  parallel(parts, [&](int p) {
+    k.activate(*l, z, up, T, offsets, tokens, l->n * p / parts, l->n * (p + 1) / parts);
+  });
+}
+
 // Both in one. Returns nnz; where it is above `most`, y is left alone and the lists are in
 // `offsets` and `tokens` (which may be null when `most` cannot be exceeded).
 int64_t lte_ffn(const Layer* l, const void* x, int64_t T, float threshold, int isa, int threads,

@@ -1,8 +1,13 @@
-"""LTE's FFN on a GPU for small batches (Triton): route, compact, gate-up, down.
+"""LTE's FFN on a GPU (Triton): route, then one of three ways to compute what is on.
 
-Reference twin: ``raysys/ops/lte_reference.py``. Safe inside a CUDA graph: nothing is read back
-to the host. Grids are launched for the worst case, and programs of experts that are off return
-at once. Sums are float32 and in a fixed order. Correctness is checked in interpreter mode; no
+    few      some tokens, each by itself: compact, gate-up over active experts, down
+    grouped  a batch: per expert a list of its tokens; gate-up per (expert, 16 tokens), then down
+             per 16 tokens over the experts that any of them wants
+    dense    many tokens: torch's products, with the mask in the activation
+
+Reference twin: ``raysys/ops/lte_reference.py``. Safe inside a CUDA graph: grids depend on shapes
+only, nothing is read back to the host, and programs of experts that are off return at once. Sums
+are float32 and in a fixed order, without atomics. Correctness is checked in interpreter mode; no
 GPU has run this yet.
 """
 
@@ -14,7 +19,24 @@ import triton.language as tl
 from torch import Tensor
 
 MOST_EXPERTS = 1024
+MOST_GROUPED = 1024  # tokens; a list is made in one program
 SPLITS = 4
+TILE = 16  # tokens of a product, the least that tensor cores take
+SILU, GELU, GELU_TANH, RELU = 0, 1, 2, 3
+KINDS = {"silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH, "relu": RELU}
+
+
+@triton.jit
+def _act(z, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    if KIND == 0:
+        return z / (1.0 + tl.exp(-z))
+    elif KIND == 1:
+        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif KIND == 2:
+        inner = 0.7978845608028654 * (z + 0.044715 * z * z * z)
+        return z * (1.0 - 1.0 / (1.0 + tl.exp(2.0 * inner)))  # tanh by a sigmoid
+    else:
+        return tl.maximum(z, 0.0)
 
 
 @triton.jit
@@ -49,7 +71,11 @@ def _compact(mask, index, count, N, BN: tl.constexpr):  # type: ignore[no-untype
 
 
 @triton.jit
-def _gate_up(x, w_in, act, index, count, D, F, N, E: tl.constexpr, BK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gate_up(
+    x, w_in, bias, act, index, count, D, F, N,
+    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, KIND: tl.constexpr, E: tl.constexpr,
+    BK: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # fmt: skip
     t, slot = tl.program_id(0), tl.program_id(1)
     if slot < tl.load(count + t):
         rows = tl.load(index + t * N + slot) * E + tl.arange(0, E)
@@ -61,10 +87,16 @@ def _gate_up(x, w_in, act, index, count, D, F, N, E: tl.constexpr, BK: tl.conste
             where = rows[:, None] * D + k[None, :]
             inside = (rows[:, None] >= 0) & (k[None, :] < D)
             gate += tl.sum(tl.load(w_in + where, mask=inside, other=0.0).to(tl.float32) * v, axis=1)
-            up += tl.sum(
-                tl.load(w_in + F * D + where, mask=inside, other=0.0).to(tl.float32) * v, axis=1
-            )
-        value = gate / (1.0 + tl.exp(-gate)) * up
+            if GATED:
+                w_up = tl.load(w_in + F * D + where, mask=inside, other=0.0).to(tl.float32)
+                up += tl.sum(w_up * v, axis=1)
+        if HAS_BIAS:
+            gate += tl.load(bias + rows)
+            if GATED:
+                up += tl.load(bias + F + rows)
+        value = _act(gate, KIND)
+        if GATED:
+            value = value * up
         tl.store(act + (t * N + slot) * E + tl.arange(0, E), value)
 
 
@@ -83,40 +115,186 @@ def _down(act, w_out, part, index, count, D, N, S: tl.constexpr, E: tl.constexpr
     tl.store(part + (t * S + split) * D + columns, total, mask=columns < D)
 
 
+@triton.jit
+def _lists(mask, tokens, counts, T, N, BT: tl.constexpr):  # type: ignore[no-untyped-def]
+    e = tl.program_id(0)
+    t = tl.arange(0, BT)
+    on = tl.load(mask + t * N + e, mask=t < T, other=0).to(tl.int32)
+    place = tl.cumsum(on, 0) - 1
+    tl.store(tokens + e * T + place, t, mask=on != 0)
+    tl.store(counts + e, tl.sum(on, 0))
+
+
+@triton.jit
+def _grouped_up(
+    x, w_in, bias, act, tokens, counts, T, D, F,
+    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, KIND: tl.constexpr, E: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    e, tile = tl.program_id(0), tl.program_id(1)
+    live = tl.load(counts + e)
+    if tile * BT < live:
+        place = tile * BT + tl.arange(0, BT)
+        t = tl.load(tokens + e * T + place, mask=place < live, other=0)
+        rows = e * E + tl.arange(0, E)
+        gate = tl.zeros([BT, E], tl.float32)
+        up = tl.zeros([BT, E], tl.float32)
+        for start in range(0, D, BK):
+            k = start + tl.arange(0, BK)
+            inside = (place[:, None] < live) & (k[None, :] < D)
+            v = tl.load(x + t[:, None] * D + k[None, :], mask=inside, other=0.0)
+            where = rows[None, :] * D + k[:, None]
+            w = tl.load(w_in + where, mask=(rows[None, :] >= 0) & (k[:, None] < D), other=0.0)
+            gate = tl.dot(v, w, gate, input_precision="ieee")
+            if GATED:
+                w = tl.load(
+                    w_in + F * D + where, mask=(rows[None, :] >= 0) & (k[:, None] < D), other=0.0
+                )
+                up = tl.dot(v, w, up, input_precision="ieee")
+        if HAS_BIAS:
+            gate += tl.load(bias + rows)[None, :]
+            if GATED:
+                up += tl.load(bias + F + rows)[None, :]
+        value = _act(gate, KIND)
+        if GATED:
+            value = value * up
+        where = t[:, None] * F + rows[None, :]
+        tl.store(act + where, value.to(act.dtype.element_ty), mask=place[:, None] < live)
+
+
+@triton.jit
+def _grouped_down(
+    act, mask, w_out, part, T, D, F, N,
+    S: tl.constexpr, E: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    tile, across, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    t = tile * BT + tl.arange(0, BT)
+    columns = across * BN + tl.arange(0, BN)
+    total = tl.zeros([BT, BN], tl.float32)
+    for e in range(split, N, S):
+        on = tl.load(mask + t * N + e, mask=t < T, other=0)
+        if tl.sum(on.to(tl.int32), 0) > 0:
+            rows = e * E + tl.arange(0, E)
+            a = tl.load(act + t[:, None] * F + rows[None, :], mask=on[:, None] != 0, other=0.0)
+            inside = (rows[:, None] >= 0) & (columns[None, :] < D)
+            w = tl.load(w_out + rows[:, None] * D + columns[None, :], mask=inside, other=0.0)
+            total = tl.dot(a, w, total, input_precision="ieee")
+    where = (split * T + t[:, None]) * D + columns[None, :]
+    tl.store(part + where, total, mask=(t[:, None] < T) & (columns[None, :] < D))
+
+
+@triton.jit
+def _activate(
+    z, up, bias, mask, F, N,
+    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, KIND: tl.constexpr, E: tl.constexpr,
+    BF: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    t = tl.program_id(0)
+    f = tl.program_id(1) * BF + tl.arange(0, BF)
+    inside = f < F
+    on = tl.load(mask + t * N + f // E, mask=inside, other=0)
+    value = tl.load(z + t * F + f, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        value += tl.load(bias + f, mask=inside, other=0.0)
+    value = _act(value, KIND)
+    if GATED:
+        second = tl.load(up + t * F + f, mask=inside, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            second += tl.load(bias + F + f, mask=inside, other=0.0)
+        value = value * second
+    tl.store(z + t * F + f, tl.where(on != 0, value, 0.0).to(z.dtype.element_ty), mask=inside)
+
+
+def supports(experts: int, size: int, way: str) -> bool:
+    """Whether a way ("few", "grouped" or "dense") takes experts of that number and size."""
+    if way == "dense":
+        return True
+    power = size & (size - 1) == 0
+    return power and experts <= MOST_EXPERTS and (way == "few" or size >= TILE)
+
+
 def ffn(
-    x: Tensor, w_in: Tensor, w_out: Tensor, wr: Tensor, br: Tensor | None, threshold: float
-) -> Tensor:
-    """Router and chosen experts of a SwiGLU FFN.
+    x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor | None, wr: Tensor, br: Tensor | None,
+    threshold: float, kind: str = "silu", way: str = "few",
+) -> Tensor:  # fmt: skip
+    """Router and chosen experts of an FFN.
 
     Args:
-        x: [T, D]; every token is computed by itself, so this is for a few tokens.
-        w_in: [2 F, D], gate rows first; w_out: [F, D].
+        x: [T, D], contiguous as all tensors.
+        w_in: [2 F, D] with the gate's rows first, or [F, D]; w_out: [F, D].
+        bias: float32 [rows of w_in] or None.
         wr: [N, D]; br: float32 [N] or None.
         threshold: in logits.
+        kind: activation of :data:`KINDS`.
+        way: "few", "grouped" or "dense"; all give the same up to rounding.
 
     Raises:
-        ValueError: experts are not a power of two in size, or more than 1,024.
+        ValueError: the way does not take experts of this number or size, or so many tokens.
     """
     tokens, hidden = x.shape
     neurons, experts = w_out.shape[0], wr.shape[0]
     size = neurons // experts
-    if size & (size - 1) or experts > MOST_EXPERTS:
+    if not supports(experts, size, way) or (way == "grouped" and tokens > MOST_GROUPED):
         raise ValueError(
-            f"{experts} experts of {size} neurons: need powers of two, at most {MOST_EXPERTS}"
+            f"{way}: {experts} experts of {size} neurons, {tokens} tokens: need powers of two "
+            f"(grouped: from {TILE} on), at most {MOST_EXPERTS} experts, {MOST_GROUPED} tokens"
         )
-    new = {"device": x.device}
-    mask = torch.empty(tokens, experts, dtype=torch.int8, **new)
-    index = torch.zeros(tokens, experts, dtype=torch.int32, **new)
-    count = torch.empty(tokens, dtype=torch.int32, **new)
-    act = torch.empty(tokens, experts, size, dtype=torch.float32, **new)
-    part = torch.empty(tokens, SPLITS, hidden, dtype=torch.float32, **new)
-    bias = wr if br is None else br
+    mask = torch.empty(tokens, experts, dtype=torch.int8, device=x.device)
     _route[(tokens, triton.cdiv(experts, 32))](
-        x, wr, bias, mask, threshold, hidden, experts, br is not None, 32, 256
+        x, wr, wr if br is None else br, mask, threshold, hidden, experts, br is not None, 32, 256
     )
+    layer = (w_in, w_out, bias, KINDS[kind], size)
+    return {"few": _few, "grouped": _grouped, "dense": _dense}[way](x, mask, *layer)
+
+
+def _few(
+    x: Tensor, mask: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor | None, kind: int, size: int
+) -> Tensor:
+    (tokens, hidden), (_, experts), neurons = x.shape, mask.shape, w_out.shape[0]
+    index = torch.zeros(tokens, experts, dtype=torch.int32, device=x.device)
+    count = torch.empty(tokens, dtype=torch.int32, device=x.device)
+    act = torch.empty(tokens, experts, size, dtype=torch.float32, device=x.device)
+    part = torch.empty(tokens, SPLITS, hidden, dtype=torch.float32, device=x.device)
     _compact[(tokens,)](mask, index, count, experts, triton.next_power_of_2(experts))
-    _gate_up[(tokens, experts)](x, w_in, act, index, count, hidden, neurons, experts, size, 128)
+    _gate_up[(tokens, experts)](
+        x, w_in, w_in if bias is None else bias, act, index, count, hidden, neurons, experts,
+        len(w_in) != neurons, bias is not None, kind, size, 128,
+    )  # fmt: skip
     _down[(tokens, triton.cdiv(hidden, 128), SPLITS)](
         act, w_out, part, index, count, hidden, experts, SPLITS, size, 128
     )
     return part.sum(1).to(x.dtype)
+
+
+def _grouped(
+    x: Tensor, mask: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor | None, kind: int, size: int
+) -> Tensor:
+    (tokens, hidden), (_, experts), neurons = x.shape, mask.shape, w_out.shape[0]
+    lists = torch.empty(experts, tokens, dtype=torch.int32, device=x.device)
+    counts = torch.empty(experts, dtype=torch.int32, device=x.device)
+    act = torch.empty(tokens, neurons, dtype=x.dtype, device=x.device)
+    part = torch.empty(SPLITS, tokens, hidden, dtype=torch.float32, device=x.device)
+    tiles = triton.cdiv(tokens, TILE)
+    _lists[(experts,)](mask, lists, counts, tokens, experts, triton.next_power_of_2(tokens))
+    _grouped_up[(experts, tiles)](
+        x, w_in, w_in if bias is None else bias, act, lists, counts, tokens, hidden, neurons,
+        len(w_in) != neurons, bias is not None, kind, size, TILE, 64,
+    )  # fmt: skip
+    _grouped_down[(tiles, triton.cdiv(hidden, 64), SPLITS)](
+        act, mask, w_out, part, tokens, hidden, neurons, experts, SPLITS, size, TILE, 64
+    )
+    return part.sum(0).to(x.dtype)
+
+
+def _dense(
+    x: Tensor, mask: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor | None, kind: int, size: int
+) -> Tensor:
+    neurons = w_out.shape[0]
+    gated = len(w_in) != neurons
+    z = torch.nn.functional.linear(x, w_in[:neurons])
+    up = torch.nn.functional.linear(x, w_in[neurons:]) if gated else z
+    _activate[(len(x), triton.cdiv(neurons, 1024))](
+        z, up, w_in if bias is None else bias, mask, neurons, mask.shape[1],
+        gated, bias is not None, kind, size, 1024,
+    )  # fmt: skip
+    return z @ w_out

@@ -29,6 +29,8 @@ struct Kernels {
   void (*route)(const Layer&, const Inputs&, int64_t, int64_t, int64_t, float, uint8_t*);
   void (*finish)(const Layer&, const float*, float*);
   const float* (*widen)(const void*, int64_t);
+  void (*activate)(const Layer&, void*, const void*, int64_t, const int32_t*, const int32_t*,
+                   int64_t, int64_t);
   bool direct_bf16;  // bfloat16 weights meet x in bfloat16
 };
 
@@ -39,12 +41,15 @@ static inline float widen(bf16 a) {
   std::memcpy(&out, &bits, 4);
   return out;
 }
+static inline void put(float* to, float a) { *to = a; }
 static inline bf16 narrow(float a) {  // round to nearest even; NaN stays NaN
   uint32_t bits;
   std::memcpy(&bits, &a, 4);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return bf16((bits >> 16) | 64);
   return bf16((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
+
+static inline void put(bf16* to, float a) { *to = narrow(a); }
 
 // Buffers that a thread keeps between calls; nothing is shared, so calls may run side by side.
 struct Scratch {

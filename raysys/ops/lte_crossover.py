@@ -24,10 +24,12 @@ from raysys.ops import lte_reference as reference
 from raysys.ops.lte_native import ISAS, NativeLayer
 
 _LOG = logging.getLogger(__name__)
-BUCKETS = (1, 4, 16, 64, 256)
+BUCKETS = (1, 4, 8, 16, 32, 64, 256)
+VERSION = 2  # of the kernel: what was measured for another one does not hold
+PATIENCE_S = 2.0  # once a bucket took longer, larger ones take its figure (large layers)
 MARGIN = 0.97  # the sparse path must be at least this much better, or dense is taken
 # Before a measurement: what was measured for several shapes on a CPU with AVX-512.
-UNMEASURED = {1: 1.0, 4: 1.0, 16: 0.95, 64: 0.8, 256: 0.7}
+UNMEASURED = {1: 1.0, 4: 1.0, 8: 1.0, 16: 0.95, 32: 0.9, 64: 0.8, 256: 0.7}
 
 
 @dataclass(slots=True)
@@ -53,7 +55,8 @@ def key_of(layer: NativeLayer, threads: int) -> str:
     """What the crossover depends on."""
     s = layer.struct
     isa = ISAS[layer.isa or 0]
-    return f"{isa}-d{s.d}-f{s.f}-e{s.E}-g{s.gated}-t{s.dtype}-r{s.router_dtype}-n{threads}"
+    sizes = f"d{s.d}-f{s.f}-e{s.E}-g{s.gated}"
+    return f"v{VERSION}-{isa}-{sizes}-t{s.dtype}-r{s.router_dtype}-n{threads}"
 
 
 def crossover_of(layer: NativeLayer, cache: Path) -> Crossover:
@@ -63,19 +66,25 @@ def crossover_of(layer: NativeLayer, cache: Path) -> Crossover:
     return Crossover({int(b): v for b, v in known.items()}, threads) if known else Crossover()
 
 
-def calibrate(layer: NativeLayer, cache: Path, buckets: tuple[int, ...] = BUCKETS) -> Crossover:
+def calibrate(layer: NativeLayer, cache: Path, largest: int = BUCKETS[-1]) -> Crossover:
     """Measure a layer's crossover (tens of milliseconds for small layers) and keep it in the
     cache.
+
+    Args:
+        largest: batches above it are not timed and take its figure.
     """
     threads = torch.get_num_threads()
     found = crossover_of(layer, cache)
     if found.threads == threads:
         return found
-    density = dict(UNMEASURED)
-    for bucket in buckets:
-        density[bucket] = measure(layer, bucket, threads)
-    for bucket in (b for b in BUCKETS if b > buckets[-1]):
-        density[bucket] = density[buckets[-1]]
+    density: dict[int, float] = {}
+    last, took = 1.0, 0.0
+    for bucket in BUCKETS:
+        if bucket <= largest and took < PATIENCE_S:
+            started = time.perf_counter()
+            last = measure(layer, bucket, threads)
+            took = time.perf_counter() - started
+        density[bucket] = last
     _write(_file(cache), key_of(layer, threads), density)
     return Crossover(density, threads)
 
@@ -88,37 +97,26 @@ def measure(layer: NativeLayer, tokens: int, threads: int) -> float:
     x = torch.randn(tokens, layer.struct.d, generator=generator).to(layer.w_in.dtype)
     chance = torch.rand(tokens, layer.struct.n, generator=generator)
     every, half = reference.from_mask(chance >= 0.0), reference.from_mask(chance < 0.5)
-    gated = bool(layer.struct.gated)
-    mask = chance >= 0.0
-
-    def dense() -> object:
-        return reference.masked(
-            x, layer.w_in, layer.w_out, layer.bias, mask, layer.kind, gated=gated
-        )
-
-    times = [
-        _fastest(run)
-        for run in (
-            dense,
-            functools.partial(layer.masked, x, *every, threads),
-            functools.partial(layer.masked, x, *half, threads),
-        )
-    ]
-    dense_s, full_s, half_s = times
+    dense_s = _fastest(functools.partial(layer.dense, x, *every, threads))
+    full_s = _fastest(functools.partial(layer.masked, x, *every, threads))
     if full_s <= MARGIN * dense_s:
         return 1.0
+    half_s = _fastest(functools.partial(layer.masked, x, *half, threads))
     slope = max(2.0 * (full_s - half_s), 1e-12)
     return min(1.0, max(0.0, (MARGIN * dense_s - (full_s - slope)) / slope))
 
 
-def _fastest(run: Callable[[], object], repeats: int = 5) -> float:
+def _fastest(run: Callable[[], object], repeats: int = 7, enough_s: float = 0.3) -> float:
     """Shortest of some runs: what else happens on the machine only ever makes one longer."""
     run()
-    best = float("inf")
+    best, total = float("inf"), 0.0
     for _ in range(repeats):
         started = time.perf_counter()
         run()
-        best = min(best, time.perf_counter() - started)
+        took = time.perf_counter() - started
+        best, total = min(best, took), total + took
+        if total > enough_s:
+            break
     return best
 
 

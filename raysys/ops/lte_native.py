@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from raysys.errors import ConfigError
 from raysys.ops.lte_reference import ACTIVATIONS
@@ -49,6 +50,10 @@ def library() -> ctypes.CDLL:
     lib.lte_masked.restype = None
     lib.lte_masked.argtypes = [
         layer, _POINTER, _LONG, _INT, _INT, _POINTER, _POINTER, _POINTER,
+    ]  # fmt: skip
+    lib.lte_activate.restype = None
+    lib.lte_activate.argtypes = [
+        layer, _POINTER, _POINTER, _LONG, _INT, _INT, _POINTER, _POINTER,
     ]  # fmt: skip
     lib.lte_ffn.restype = _LONG
     lib.lte_ffn.argtypes = [
@@ -166,6 +171,20 @@ class NativeLayer:
             tokens.data_ptr(), y.data_ptr(),
         )  # fmt: skip
         return y
+
+    def dense(self, x: Tensor, offsets: Tensor, tokens: Tensor, threads: int) -> Tensor:
+        """The same as :meth:`masked` by torch's dense products; faster where most experts are on.
+
+        ``x`` must be contiguous [T, D] of the weights' type.
+        """
+        neurons = self.struct.f
+        z = functional.linear(x, self.w_in[:neurons])
+        up = functional.linear(x, self.w_in[neurons:]) if self.struct.gated else None
+        library().lte_activate(
+            self._where, z.data_ptr(), _address(up), len(x), self.isa, threads,
+            offsets.data_ptr(), tokens.data_ptr(),
+        )  # fmt: skip
+        return z @ self.w_out
 
     def ffn(self, x: Tensor, threshold: float, threads: int) -> tuple[Tensor, int]:
         """Router and experts in one call: y [T, D], and how many (token, expert) pairs were on.

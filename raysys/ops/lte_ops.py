@@ -17,6 +17,7 @@ from torch import Tensor
 
 from raysys import machine
 from raysys.errors import CapabilityError
+from raysys.ops import lte_cuda
 from raysys.ops import lte_reference as reference
 from raysys.ops.lte_crossover import Crossover, crossover_of
 from raysys.ops.lte_native import NativeLayer, library
@@ -60,9 +61,13 @@ class Paths:
         self.active += active
         self.possible += tokens * experts
 
+    def note(self, tokens: int, way: str) -> None:
+        """Note one call on a GPU, whose active experts stay there."""
+        self.tokens[{"few": "sparse", "grouped": "grouped"}.get(way, "dense")] += tokens
+
     @property
     def density(self) -> float:
-        """Share of (token, expert) pairs that were on since the start."""
+        """Share of (token, expert) pairs that were on since the start, of calls on the CPU."""
         return self.active / self.possible if self.possible else 0.0
 
 
@@ -148,8 +153,7 @@ def _ffn_cpu(
     y, lists, active = layer.ffn_or_lists(rows, threshold, threads(), most)
     PATHS.count(count, experts, active, dense=lists is not None)
     if lists is not None:
-        mask = reference.to_mask(*lists, count)
-        y = reference.masked(rows, w_in, w_out, bias, mask, kind, gated=_gated(w_in, w_out))
+        y = layer.dense(rows, *lists, threads())
     return y.view(shape)
 
 
@@ -159,6 +163,28 @@ def _ffn_torch(
 ) -> Tensor:  # fmt: skip
     gated = _gated(w_in, w_out)
     return reference.ffn(x, w_in, w_out, bias, wr, br, threshold + _offset[0], kind, gated=gated)
+
+
+def _ffn_cuda(
+    x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor | None, wr: Tensor, br: Tensor | None,
+    threshold: float, kind: str,
+) -> Tensor:  # fmt: skip
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    rows = x.reshape(-1, x.shape[-1])
+    y, way = lte_cuda.ffn(rows, w_in, w_out, bias, wr, br, threshold + _offset[0], kind)
+    PATHS.note(len(rows), way)
+    return y.view(x.shape)
+
+
+def _masked_cuda(
+    x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor | None, offsets: Tensor, tokens: Tensor,
+    kind: str,
+) -> Tensor:  # fmt: skip
+    rows = x.reshape(-1, x.shape[-1])
+    mask = reference.to_mask(offsets, tokens, len(rows))
+    gated = _gated(w_in, w_out)
+    return reference.masked(rows, w_in, w_out, bias, mask, kind, gated=gated).view(x.shape)
 
 
 def _gated(w_in: Tensor, w_out: Tensor) -> bool:
@@ -215,10 +241,11 @@ def _masked_fake(
 
 
 _LIBRARY.impl("ffn", _ffn_cpu, "CPU")
-_LIBRARY.impl("ffn", _ffn_torch, "CUDA")
+_LIBRARY.impl("ffn", _ffn_cuda, "CUDA")
 _LIBRARY.impl("route", _route_cpu, "CPU")
 _LIBRARY.impl("route", reference.route, "CUDA")
 _LIBRARY.impl("ffn_masked", _masked_cpu, "CPU")
+_LIBRARY.impl("ffn_masked", _masked_cuda, "CUDA")
 torch.library.register_fake("raysys_lte::ffn", _ffn_fake, lib=_LIBRARY)
 torch.library.register_fake("raysys_lte::route", _route_fake, lib=_LIBRARY)
 torch.library.register_fake("raysys_lte::ffn_masked", _masked_fake, lib=_LIBRARY)

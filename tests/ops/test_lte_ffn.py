@@ -60,6 +60,8 @@ def test_kernel_equals_reference(
     got = layer.masked(x, offsets, tokens, threads)
     scale = float(expected.norm()) or 1.0
     assert float((got.double() - expected).norm()) <= TOLERANCE[dtype] * scale
+    through_dense = layer.dense(x, offsets, tokens, threads)
+    assert float((through_dense.double() - expected).norm()) <= TOLERANCE[dtype] * scale
     again, count = layer.ffn(x, threshold, threads)
     assert torch.equal(again, got)
     assert count == len(tokens)
@@ -162,7 +164,7 @@ def test_calls_from_several_threads_and_two_expert_sizes() -> None:
 def test_crossover_is_measured_once_and_decides_the_path(tmp_path: Path) -> None:
     w_in, w_out, wr = weights(64, 128, 4, torch.float32)
     layer = NativeLayer(w_in, w_out, None, wr, None)
-    measured = lte_crossover.calibrate(layer, tmp_path, buckets=(1, 4))
+    measured = lte_crossover.calibrate(layer, tmp_path, largest=4)
     assert set(measured.density) == set(lte_crossover.BUCKETS)
     assert all(0.0 <= value <= 1.0 for value in measured.density.values())
     assert lte_crossover.crossover_of(layer, tmp_path) == measured

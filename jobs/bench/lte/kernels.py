@@ -14,7 +14,7 @@ from torch.nn import functional
 from raysys import machine
 from raysys.bench import Baseline, Claim, Profile
 from raysys.ops import lte_ops
-from raysys.ops.lte_crossover import BUCKETS, calibrate
+from raysys.ops.lte_crossover import calibrate
 from raysys.training.lte import flops
 
 EXPERT = 32
@@ -66,10 +66,7 @@ class Layer:
         self.gate, self.up = self.w_in[:neurons].clone(), self.w_in[neurons:].clone()
         self.down = self.w_out.T.contiguous()
         layer, _ = lte_ops.prepared(self.w_in, self.w_out, None, self.router, None, "silu")
-        buckets = (
-            (1, 4, 16, 64) if hidden >= 2048 else BUCKETS
-        )  # a large layer takes a second per try
-        calibrate(layer, machine.cache_dir(), buckets)
+        calibrate(layer, machine.cache_dir())
         lte_ops.forget(layer)
 
     def dense(self, x: Tensor) -> Tensor:
