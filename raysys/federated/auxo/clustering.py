@@ -18,6 +18,8 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 NONE = -1
 TINY = 1e-12
+FEWEST_STARTS = 4
+MOST_ROWS = 256  # participants that a measure of stability looks at
 
 
 def unit_rows(sketch_nD: npt.ArrayLike) -> FloatArray:
@@ -31,13 +33,15 @@ def unit_rows(sketch_nD: npt.ArrayLike) -> FloatArray:
 
 
 def kmeans(
-    points_nD: FloatArray, k: int, rng: np.random.Generator, starts: int = 4, steps: int = 25
+    points_nD: FloatArray, k: int, rng: np.random.Generator, starts: int = 0, steps: int = 25
 ) -> tuple[IntArray, FloatArray]:
-    """Labels int64 [n] and centroids [K, D] of the best of several starts.
+    """Labels int64 [n] and centroids [K, D] of the best of several starts (0: two for each part).
 
     k-means++ seeding, then Lloyd's steps, all starts in one program: a round's clusterings are
-    many and tiny, so that a library's call overhead would exceed their arithmetic.
+    many and tiny, so that a library's call overhead would exceed their arithmetic. With 4 starts
+    eight parts of a dozen points each were found too seldom for a split (one seed in three).
     """
+    starts = starts or max(FEWEST_STARTS, 2 * k)
     centroids = _seed(points_nD, k, rng, starts)
     labels = np.zeros((starts, len(points_nD)), dtype=np.int64)
     for step in range(steps):
@@ -48,7 +52,7 @@ def kmeans(
         labels = found
         member = (labels[:, :, None] == np.arange(k)).astype(np.float64)
         count = member.sum(axis=1)
-        sums = np.einsum("gnk,nd->gkd", member, points_nD)
+        sums = member.transpose(0, 2, 1) @ points_nD
         filled = sums / np.maximum(count, 1)[:, :, None]
         centroids = np.where(count[:, :, None] > 0, filled, centroids)
     cost = np.take_along_axis(_squared(points_nD, centroids), labels[:, :, None], 2).sum(
@@ -107,12 +111,14 @@ def adjusted_rand(first: IntArray, second: IntArray) -> float:
 def split_half_stability(points_nD: FloatArray, k: int, rng: np.random.Generator) -> float:
     """Agreement of the clusterings of two random halves, as labels of all points; 0 if too few.
 
-    Structure that is really there is found from either half; an arbitrary cut is not.
+    Structure that is really there is found from either half; an arbitrary cut is not. Of many
+    points a random part is looked at, which keeps the cost of a large round down.
     """
-    n = len(points_nD)
+    n = min(len(points_nD), MOST_ROWS)
     if n < 2 * k:
         return 0.0
-    order = rng.permutation(n)
+    points_nD = points_nD[rng.permutation(len(points_nD))[:n]]
+    order = np.arange(n)
     halves = [order[: n // 2], order[n // 2 :]]
     found = [nearest(points_nD, kmeans(points_nD[half], k, rng)[1]) for half in halves]
     if len(np.unique(found[0])) < 2 or len(np.unique(found[1])) < 2:
@@ -137,6 +143,6 @@ def _squared(points_nD: FloatArray, centroids_GKD: FloatArray) -> FloatArray:
     """Squared distances [G, n, K]."""
     own = (points_nD**2).sum(axis=1)[None, :, None]
     other = (centroids_GKD**2).sum(axis=2)[:, None, :]
-    cross = np.einsum("nd,gkd->gnk", points_nD, centroids_GKD, optimize=True)
+    cross = points_nD @ centroids_GKD.transpose(0, 2, 1)
     gaps: FloatArray = np.maximum(own + other - 2 * cross, 0.0)
     return gaps

@@ -13,7 +13,7 @@ from raysys.federated.auxo.affinity import MOST_PLACEMENTS, AffinityTable
 from raysys.federated.auxo.anchor import Anchor, views_from
 from raysys.federated.auxo.cohort import Cohort, SplitReport
 from raysys.federated.auxo.config import AuxoConfig
-from raysys.federated.auxo.parts import averaged, plain, strip
+from raysys.federated.auxo.parts import averaged, direction, plain, strip
 from raysys.federated.auxo.tree import ROOT, CohortTree
 from raysys.federated.core.aggregation import ClientTable
 from raysys.federated.core.messages import IntArray
@@ -219,10 +219,25 @@ class Forest:
             small = cohort.participants < needed and len(self.tree.leaves) > 1
             cohort.small_rounds = cohort.small_rounds + 1 if small else 0
         for leaf in self.tree.leaves:
-            into = self.tree.nearest_leaf(leaf)
+            into = self._nearest(leaf)
             if into is None or self.cohorts[leaf].small_rounds < self.config.merge_after:
                 continue
             self._merge(round_id, leaf, into)
+
+    def _nearest(self, leaf: int) -> int | None:
+        """Where a leaf's members would be least out of place.
+
+        Of several siblings the one that has trained away from their parent in the most similar
+        direction: a group that was cut in two is made whole this way. Else the nearest leaf.
+        """
+        parent = self.tree.nodes[leaf].parent
+        children = self.tree.nodes[parent].children if parent >= 0 else []
+        others = [n for n in children if n != leaf and n in self.tree.leaves]
+        if len(others) < 2:
+            return self.tree.nearest_leaf(leaf)
+        start = self.line(parent).weights(0)
+        moved = {n: direction(self.line(n).weights(0) - start) for n in (leaf, *others)}
+        return max(others, key=lambda n: float(moved[leaf] @ moved[n]))
 
     def _merge(self, round_id: int, leaf: int, into: int) -> None:
         """Average the weights by members and hand the clients over."""

@@ -32,6 +32,12 @@ def averaged(mine: StateArrays, other: StateArrays, share: float) -> StateArrays
     }
 
 
+def direction(change: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """A change of weights [P] at length 1; none stays none."""
+    values = np.asarray(change, dtype=np.float64)
+    return np.asarray(values / max(float(np.linalg.norm(values)), 1e-12))
+
+
 def strip(state: Mapping[str, npt.NDArray[Any]], prefix: str) -> dict[str, npt.NDArray[Any]]:
     """Arrays under a prefix, without it."""
     return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}

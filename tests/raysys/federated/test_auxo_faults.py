@@ -56,6 +56,32 @@ def test_a_merged_cohort_hands_over_its_clients() -> None:
     assert copy.tree.leaves == [big]
 
 
+def test_half_of_a_group_cut_in_two_joins_its_other_half() -> None:
+    job, strategy = auxo_job(dataclasses.replace(CONFIG, merge_after=3))
+    run_round(job, population().data.samples())
+    forest = strategy.forest
+    children = strategy.tree.split(0, 3, 1)
+    strategy.table.add_cohorts(3)
+    for child, (first, second) in zip(children, ((1.0, 0.0), (0.0, 1.0), (0.1, 2.0))):
+        line = forest.copy_of(forest.line(0))
+        state = line.state()
+        state["weights"] = np.array(state["weights"])
+        state["weights"][:2] += np.array([first, second], dtype=np.float32)
+        line.load(state)
+        forest.add_cohort(child, line, 1)
+        forest.cohorts[child]._participants.append(50.0)
+    lost = forest.cohorts[children[2]]
+    lost.small_rounds = 50
+    lost._participants.clear()
+    lost._participants.append(1.0)
+    forest.maybe_merge(job.round_id, 0.0)
+    assert strategy.events[-1]["event"] == "merged"
+    assert (strategy.events[-1]["cohort"], strategy.events[-1]["into"]) == (
+        children[2],
+        children[1],
+    )
+
+
 def test_lost_and_forged_records_do_not_break_a_job() -> None:
     job, strategy = auxo_job()
     samples = population().data.samples()
