@@ -5,6 +5,7 @@ tasks.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from raysys.config import config_from_dict, config_to_dict
 from raysys.errors import RemoteError
 from raysys.training.lte.config import ConvertConfig
 from raysys.training.lte.grouping import Floats, Groups, group
+from raysys.training.lte.pareto import hopeless
 from raysys.training.lte.program import ProgramConfig, train
 
 STATE_FILE = "stage.pt"
@@ -105,27 +107,17 @@ def report_to_ray(figures: dict[str, Any], state: bytes | None) -> None:
 
 
 class SweepActor:
-    """Trains both stages for one value of eta; a plain class, the job makes it an actor."""
+    """Trains stages for values of eta; a plain class, the job makes it an actor."""
 
-    def run(self, one: ProgramConfig, two: ProgramConfig) -> dict[str, Any]:
-        """Stage 1, then stage 2 from its checkpoint; the row of the Pareto table."""
-        first = train(one, _ignore)
-        second = train(two, _ignore)
-        return {
-            "eta": one.stage.eta,
-            "target_sparsity": one.stage.target_sparsity,
-            "sparsity": second["sparsity"],
-            "nll": second["nll"],
-            "perplexity": second["perplexity"],
-            "sparsity_per_layer": second["sparsity_per_layer"],
-            "nll_stage1": first["nll"],
-            "model": two.out,
-        }
+    def run(self, config: ProgramConfig) -> dict[str, Any]:
+        """One stage to its end; its final figures."""
+        return train(config, _ignore)
 
 
 def sweep(
-    base: ProgramConfig, etas: Sequence[float], out: Path, *, stage2_steps: int, parallel: int = 2
-) -> list[dict[str, Any]]:
+    base: ProgramConfig, etas: Sequence[float], out: Path, *, stage2_steps: int,
+    parallel: int = 2, stop_margin: float = math.inf,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Train one model per eta on parallel actors; rows in the order of ``etas``.
 
     Args:
@@ -133,21 +125,46 @@ def sweep(
         out: folder for the models.
         stage2_steps: optimiser steps of stage 2.
         parallel: actors at a time.
+        stop_margin: nats by which a point must be behind a sparser one after stage 1 to stop
+            there (:func:`~raysys.training.lte.pareto.hopeless`).
     """
     actor = ray.remote(num_cpus=1)(SweepActor)
     actors = [actor.remote() for _ in range(min(parallel, len(etas)))]
-    results: list[Any] = []
-    for index, eta in enumerate(etas):
-        folder = out / f"eta-{eta:g}"
-        stage1 = dataclasses.replace(base.stage, stage=1, eta=eta, target_sparsity=None)
-        stage2 = dataclasses.replace(stage1, stage=2, steps=stage2_steps)
-        one = dataclasses.replace(base, stage=stage1, out=str(folder / "stage1"), fit=False)
-        two = dataclasses.replace(base, stage=stage2, model=one.out, out=str(folder / "stage2"))
-        results.append(
-            actors[index % len(actors)].run.remote(one, dataclasses.replace(two, fit=False))
+
+    def every(programs: Sequence[ProgramConfig]) -> list[dict[str, Any]]:
+        waiting = [actors[i % len(actors)].run.remote(one) for i, one in enumerate(programs)]
+        found: list[dict[str, Any]] = ray.get(waiting)
+        return found
+
+    ones = [_point(base, eta, out / f"eta-{eta:g}" / "stage1") for eta in etas]
+    firsts = every(ones)
+    stopped = hopeless(firsts, stop_margin)
+    twos = [
+        dataclasses.replace(
+            one, model=one.out, out=str(Path(one.out).with_name("stage2")),
+            stage=dataclasses.replace(one.stage, stage=2, steps=stage2_steps),
         )
-    rows: list[dict[str, Any]] = ray.get(results)
+        for one, stop in zip(ones, stopped) if not stop
+    ]  # fmt: skip
+    seconds = iter(zip(every(twos), twos))
+    rows = []
+    for eta, one, first, stop in zip(etas, ones, firsts, stopped):
+        last, program = (first, one) if stop else next(seconds)
+        rows.append(_row(eta, first, last, program.out, stopped=stop))
     return rows
+
+
+def _point(base: ProgramConfig, eta: float, out: Path) -> ProgramConfig:
+    stage = dataclasses.replace(base.stage, stage=1, eta=eta, target_sparsity=None)
+    return dataclasses.replace(base, stage=stage, out=str(out), fit=False)
+
+
+def _row(
+    eta: float, first: dict[str, Any], last: dict[str, Any], model: str, *, stopped: bool
+) -> dict[str, Any]:
+    keys = ("sparsity", "nll", "perplexity", "sparsity_per_layer")
+    figures = {key: last[key] for key in keys}
+    return {"eta": eta, **figures, "nll_stage1": first["nll"], "stopped": stopped, "model": model}
 
 
 def cluster_on_ray(features: Sequence[Floats], config: ConvertConfig) -> list[Groups]:

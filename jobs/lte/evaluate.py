@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from jobs.launcher import Job, JobContext, Summary
-from jobs.lte.figures import layer_figure, save_report
+from jobs.lte.figures import layer_figure, quality_figure, save_report
 from jobs.lte.train import Config as TrainConfig
 from raysys.config import check, check_choice, check_range
 from raysys.report import Plot, Section, Table
 from raysys.training.lte import checkpoint as checkpoints
 from raysys.training.lte import flops
+from raysys.training.lte.baselines.oracle import KeepLargest, NeuronThreshold, TopExperts
 from raysys.training.lte.decoding import greedy, paired_speeds
 from raysys.training.lte.evaluation import evaluate
-from raysys.training.lte.gating import MODES, Mode
+from raysys.training.lte.gating import MODES, Mode, Selector, SparseModel
 from raysys.training.lte.inference import to_kernels
 from raysys.training.lte.program import TextConfig
 from raysys.training.lte.shapes import shape_of
+from raysys.training.lte.text import Batch, TokenBlocks
 
 PROMPT_TOKENS, REPEATS = 16, 3
+RIVALS: dict[str, Callable[[float], Selector]] = {
+    "keep_largest": KeepLargest,  # oracles: they see the true activations
+    "expert_oracle": TopExperts,
+    "cats": NeuronThreshold,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +42,9 @@ class Config:
         mode: ``hard`` is how the model is served.
         offsets: offsets of the threshold in logits; one row each.
         batch: sequences at a time.
+        rivals: methods without training, on the checkpoint's own weights, for the plot of quality
+            against sparsity; any of ``RIVALS``.
+        rival_sparsities: FFN sparsities at which they are evaluated.
         decode_tokens: greedy tokens whose decoding is timed, dense against the kernel, one
             thread; 0 for none.
     """
@@ -42,6 +53,8 @@ class Config:
     mode: Mode = "hard"
     offsets: tuple[float, ...] = (0.0,)
     batch: int = 4
+    rivals: tuple[str, ...] = ()
+    rival_sparsities: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8)
     decode_tokens: int = 24
     text: TextConfig = dataclasses.field(default_factory=TextConfig)
 
@@ -49,6 +62,10 @@ class Config:
         check(self, "model", bool(self.model), "an LTE checkpoint")
         check_choice(self, "mode", MODES)
         check_range(self, "batch", 1)
+        for name in self.rivals:
+            check(self, "rivals", name in RIVALS, f"names out of {', '.join(RIVALS)}")
+        inside = all(0.0 < value < 1.0 for value in self.rival_sparsities)
+        check(self, "rival_sparsities", inside, "numbers between 0 and 1")
         check(self, "decode_tokens", self.decode_tokens != 1 and self.decode_tokens >= 0,
               "0, or two or more")  # fmt: skip
 
@@ -58,15 +75,21 @@ def run(config: Config, context: JobContext) -> Summary:
     folder = Path(config.model)
     found = checkpoints.load(folder)
     text = TrainConfig(model=config.model, text=config.text).program().text
-    _, held_out = text.blocks(folder)
+    train, held_out = text.blocks(folder)
     tests = held_out.all_batches(config.batch, text.held_out or None)
     shape = shape_of(checkpoints.read_config(folder))
     rows = [{"offset": None, **_row(evaluate(found.sparse, tests, mode="dense").as_dict(), shape)}]
     for offset in config.offsets:
         values = evaluate(found.sparse, tests, mode=config.mode, offset=offset).as_dict()
         rows.append({"offset": offset, **_row(values, shape)})
+    sample = text_sample(train, config.batch)
+    rivals = [
+        {"method": name, **_row(_rival(found.sparse, tests, name, wanted, sample), shape)}
+        for name in config.rivals
+        for wanted in config.rival_sparsities
+    ]
     speed = _speed(config, found)
-    context.run.write_json("result.json", {"rows": rows, "decoding": speed})
+    context.run.write_json("result.json", {"rows": rows, "rivals": rivals, "decoding": speed})
     headers = ["threshold offset", "nats", "perplexity", "FFN sparsity", "GiFLOPs", "with head"]
     cells = [
         ["all experts on" if row["offset"] is None else f"{row['offset']:g}", f"{row['nll']:.4f}",
@@ -74,18 +97,48 @@ def run(config: Config, context: JobContext) -> Summary:
          f"{row['gflops_total']:.4f}"]
         for row in rows
     ]  # fmt: skip
+    cells += [
+        [row["method"], f"{row['nll']:.4f}", f"{row['perplexity']:.2f}", f"{row['sparsity']:.1%}",
+         f"{row['gflops']:.4f}", f"{row['gflops_total']:.4f}"]
+        for row in rivals
+    ]  # fmt: skip
     layers = {f"offset {row['offset']:g}": row["sparsity_per_layer"] for row in rows[1:]}
-    plot = Plot(
-        title="Sparsity of each layer", caption="Held-out text.", figure=layer_figure(layers)
-    )
+    quality = [("LTE", row["sparsity"], row["nll"]) for row in rows]
+    quality += [(row["method"], row["sparsity"], row["nll"]) for row in rivals]
+    plots = [
+        Plot(title="Quality against sparsity", figure=quality_figure(quality),
+             caption="Held-out text. LTE: one point per threshold offset, and all experts on."),
+        Plot(title="Sparsity of each layer", caption="Held-out text.",
+             figure=layer_figure(layers)),
+    ]  # fmt: skip
     section = Section(
-        title="Held-out text", tables=[Table(headers=headers, rows=cells)], plots=[plot]
+        title="Held-out text", tables=[Table(headers=headers, rows=cells)], plots=plots
     )
     save_report(context.run, "LTE evaluation", str(folder), [section])
     return Summary(
         lines=[" | ".join(headers), *[" | ".join(c) for c in cells], *_speed_lines(speed)],
         report="report.html",
     )
+
+
+def text_sample(train: TokenBlocks, batch: int) -> list[Batch]:
+    """Training text on which a rival finds its thresholds."""
+    return train.all_batches(batch, 8 * batch)
+
+
+def _rival(
+    sparse: SparseModel, tests: list[Batch], name: str, wanted: float, sample: list[Batch]
+) -> dict[str, Any]:
+    """A method without training at a wanted sparsity; the model is as before afterwards."""
+    selectors: list[Selector] = [RIVALS[name](wanted) for _ in sparse.gates]
+    sparse.set_selectors(selectors)
+    with torch.no_grad():  # thresholds are found at the first call
+        sparse.model(**_joined(sample))
+    return evaluate(sparse, tests, mode=None).as_dict()
+
+
+def _joined(batches: list[Batch]) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.cat([batch.inputs["input_ids"] for batch in batches])}
 
 
 def _speed(config: Config, found: checkpoints.Checkpoint) -> dict[str, float] | None:

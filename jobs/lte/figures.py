@@ -24,6 +24,19 @@ def tradeoff_figure(points: Sequence[tuple[str, float, float]]) -> Any:
     return figure
 
 
+def quality_figure(points: Sequence[tuple[str, float, float]]) -> Any:
+    """Held-out nats over FFN sparsity, one line per method through all its points."""
+    figure, axes = new_figure()
+    for index, name in enumerate(dict.fromkeys(name for name, _, _ in points)):
+        mine = sorted((sparsity, nats) for other, sparsity, nats in points if other == name)
+        marker = MARKERS[index % len(MARKERS)]
+        axes.plot(*zip(*mine), marker=marker, markersize=5, label=name)
+    axes.set_xlabel("FFN sparsity")
+    axes.set_ylabel("held-out nats")
+    axes.legend(fontsize=8)
+    return figure
+
+
 def layer_figure(layers: Mapping[str, Sequence[float]]) -> Any:
     """Sparsity of each layer, one line per model."""
     figure, axes = new_figure()
@@ -38,13 +51,14 @@ def layer_figure(layers: Mapping[str, Sequence[float]]) -> Any:
 
 
 def curve_figure(curve: Sequence[Mapping[str, Any]]) -> Any:
-    """Held-out nats and sparsity over steps, one above the other."""
+    """Held-out perplexity and sparsity over training tokens, one above the other."""
     figure, axes = new_figure(2, 1, height=4.6)
-    steps = [row["step"] for row in curve]
-    for axis, key, label in zip(axes, ("nll", "sparsity"), ("held-out nats", "FFN sparsity")):
-        axis.plot(steps, [row[key] for row in curve], marker="o", markersize=4)
+    tokens = [row["tokens"] for row in curve]
+    labels = ("held-out perplexity", "FFN sparsity")
+    for axis, key, label in zip(axes, ("perplexity", "sparsity"), labels):
+        axis.plot(tokens, [row[key] for row in curve], marker="o", markersize=4)
         axis.set_ylabel(label)
-    axes[1].set_xlabel("optimizer step")
+    axes[1].set_xlabel("training tokens")
     return figure
 
 

@@ -26,6 +26,8 @@ class Config:
         etas: efficiency coefficients.
         stage2_steps: optimiser steps of stage 2.
         parallel: actors at a time, one core each.
+        stop_margin: a point that is this many nats behind a sparser one after stage 1 stops there;
+            a large margin trains all to the end.
     """
 
     model: str = ""
@@ -33,6 +35,7 @@ class Config:
     etas: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
     stage2_steps: int = 100
     parallel: int = 2
+    stop_margin: float = 0.1
     text: TextConfig = dataclasses.field(default_factory=TextConfig)
     stage: StageConfig = dataclasses.field(default_factory=StageConfig)
 
@@ -40,6 +43,7 @@ class Config:
         check(self, "etas", len(self.etas) > 0, "one or more numbers")
         check_range(self, "stage2_steps", 1)
         check_range(self, "parallel", 1)
+        check_range(self, "stop_margin", 0)
 
 
 def run(config: Config, context: JobContext) -> Summary:
@@ -50,14 +54,15 @@ def run(config: Config, context: JobContext) -> Summary:
     ).program()
     found = sweep(
         base, config.etas, Path(config.out).absolute(), stage2_steps=config.stage2_steps,
-        parallel=config.parallel,
+        parallel=config.parallel, stop_margin=config.stop_margin,
     )  # fmt: skip
     rows = mark_pareto(found)
     context.run.write_json("result.json", {"rows": rows})
     headers = ["eta", "FFN sparsity", "nats", "perplexity", "Pareto"]
     cells = [
         [f"{row['eta']:g}", f"{row['sparsity']:.1%}", f"{row['nll']:.4f}",
-         f"{row['perplexity']:.2f}", "yes" if row["pareto"] else ""]
+         f"{row['perplexity']:.2f}",
+         "stopped" if row["stopped"] else "yes" if row["pareto"] else ""]
         for row in rows
     ]  # fmt: skip
     points = [(f"eta {row['eta']:g}", row["sparsity"], row["nll"]) for row in rows]

@@ -11,7 +11,7 @@ from jobs.launcher import Job, JobContext, Summary
 from jobs.lte.convert import source_folder
 from jobs.lte.figures import curve_figure, layer_figure, save_report
 from raysys import machine
-from raysys.config import check_range
+from raysys.config import check, check_range
 from raysys.report import Plot, Section
 from raysys.training.lte.config import StageConfig
 from raysys.training.lte.program import ProgramConfig, TextConfig
@@ -26,6 +26,7 @@ class Config:
         out: folder of the trained checkpoint.
         teacher: dense folder to distil from; ``packaged`` is SmolLM2-135M-Instruct.
         workers: data-parallel workers of Ray Train.
+        shard: spread weights, gradients and optimiser states over the workers (FSDP2).
     """
 
     model: str = ""
@@ -38,10 +39,12 @@ class Config:
     evaluate_every: int = 0
     fit: bool = False
     threads: int = 1
+    shard: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
         check_range(self, "workers", 1, 4096)
+        check(self, "shard", not self.shard or self.workers > 1, "false with one worker")
 
     def program(self) -> ProgramConfig:
         """The stage with absolute paths, as workers need it."""
@@ -59,6 +62,7 @@ class Config:
             evaluate_every=self.evaluate_every,
             fit=self.fit,
             threads=self.threads,
+            shard=self.shard,
             force=self.force,
         )
 

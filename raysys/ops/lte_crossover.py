@@ -13,7 +13,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,25 +97,36 @@ def measure(layer: NativeLayer, tokens: int, threads: int) -> float:
     x = torch.randn(tokens, layer.struct.d, generator=generator).to(layer.w_in.dtype)
     chance = torch.rand(tokens, layer.struct.n, generator=generator)
     every, half = reference.from_mask(chance >= 0.0), reference.from_mask(chance < 0.5)
-    dense_s = _fastest(functools.partial(layer.dense, x, *every, threads))
-    full_s = _fastest(functools.partial(layer.masked, x, *every, threads))
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    dense_s, full_s, half_s = _fastest(
+        [
+            functools.partial(layer.dense, x, *every, threads),
+            functools.partial(layer.masked, x, *every, threads),
+            functools.partial(layer.masked, x, *half, threads),
+        ],
+        clock,
+    )
     if full_s <= MARGIN * dense_s:
         return 1.0
-    half_s = _fastest(functools.partial(layer.masked, x, *half, threads))
     slope = max(2.0 * (full_s - half_s), 1e-12)
     return min(1.0, max(0.0, (MARGIN * dense_s - (full_s - slope)) / slope))
 
 
-def _fastest(run: Callable[[], object], repeats: int = 7, enough_s: float = 0.3) -> float:
-    """Shortest of some runs: what else happens on the machine only ever makes one longer."""
-    run()
-    best, total = float("inf"), 0.0
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        took = time.perf_counter() - started
-        best, total = min(best, took), total + took
-        if total > enough_s:
+def _fastest(
+    runs: Sequence[Callable[[], object]], clock: Callable[[], float], repeats: int = 9,
+    enough_s: float = 1.0,
+) -> list[float]:  # fmt: skip
+    """Shortest time of each run, in turns: what else happens only ever makes one longer."""
+    best, total = [float("inf")] * len(runs), 0.0
+    for turn in range(repeats):
+        for index, run in enumerate(runs):
+            started = clock()
+            run()
+            took = clock() - started
+            total += took
+            if turn > 0:  # the first turn warms up
+                best[index] = min(best[index], took)
+        if turn > 0 and total > enough_s:
             break
     return best
 

@@ -65,6 +65,7 @@ def test_a_sweep_trains_one_model_per_eta_and_layers_cluster_as_tasks(
     assert [row["eta"] for row in rows] == [0.01, 50.0]
     assert rows[1]["sparsity"] > rows[0]["sparsity"]
     assert (tmp_path / "sweep" / "eta-50" / "stage2" / "config.json").is_file()
+    assert not any(row["stopped"] for row in rows)
     features = [
         np.random.default_rng(i).standard_normal((16, 4)).astype(np.float32) for i in (0, 1)
     ]

@@ -54,12 +54,15 @@ def test_a_model_from_conversion_to_its_figures(
     assert 0.0 <= result["sparsity"] <= 1.0
     assert call("inspect", tmp_path / "inspect", f"model={trained}")["stage"] == 1
     seen = call("eval", tmp_path / "eval", f"model={trained}", *text, "offsets=[0.0, 9.0]",
-                "decode_tokens=4")  # fmt: skip
+                "decode_tokens=4", "rivals=[keep_largest, cats]",
+                "rival_sparsities=[0.5]")  # fmt: skip
     whole, usual, high = seen["rows"]
     assert whole["sparsity"] == 0.0
     assert high["sparsity"] == 1.0
     assert usual["nll"] == pytest.approx(result["nll"], rel=1e-5)
     assert usual["gflops"] <= whole["gflops"]
+    assert [row["method"] for row in seen["rivals"]] == ["keep_largest", "cats"]
+    assert all(0.3 < row["sparsity"] < 0.7 for row in seen["rivals"])
     assert seen["decoding"]["speedup"] > 0.0
     assert (tmp_path / "eval" / "report.html").stat().st_size > 1000
     swept = call("sweep", tmp_path / "sweep", f"model={start}", f"out={tmp_path / 'etas'}", *text,
@@ -84,6 +87,7 @@ def test_the_kernel_is_timed_on_this_machine(tmp_path: Path) -> None:
     ("command", "field", "words"),
     [
         ("eval", "model=x decode_tokens=1", "decode_tokens"),
+        ("eval", "model=x rivals=[magic]", "rivals"),
         ("inspect", "full=true", "model"),
         ("sweep", "etas=[]", "etas"),
         ("serve", "levels=[[0,0.0]]", "model"),

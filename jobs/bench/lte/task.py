@@ -41,6 +41,8 @@ class TaskConfig:
         base_steps, base_lr: of the dense model.
         steps, lr: of every method afterwards.
         sparsity: FFN sparsity of every method.
+        stage1, stage2_rate: share of LTE's steps in stage 1, and the rate of stage 2 over ``lr``;
+            chosen on seed 0, which the claim leaves out.
     """
 
     rows: int = 4096
@@ -55,6 +57,8 @@ class TaskConfig:
     steps: int = 200
     lr: float = 1e-3
     sparsity: float = 0.85
+    stage1: float = 0.3
+    stage2_rate: float = 1.0
 
 
 class PairTask:
@@ -89,7 +93,7 @@ class PairTask:
 def small_task(profile: Profile) -> Claim:
     """Accuracy of LTE minus the better of MoEfication's and Deja Vu's predictors, 85 % off."""
     config = TaskConfig()
-    seeds = profile.pick((0,), (0, 1, 2))
+    seeds = profile.pick((1,), (1, 2, 3))
     threads = models.single_thread()
     try:
         rows = measure_pieces(
@@ -153,15 +157,20 @@ def _lte(
 ) -> SparseModel:
     sparse = convert_model(model, _options(config, seed)).sparse
     fit_routers(sparse, sample, config.sparsity)
-    first = round(0.8 * config.steps)
-    common: dict[str, Any] = {"batch": config.batch, "seed": 1 + seed}
+    first = round(config.stage1 * config.steps)
+    everything = data.all_batches(config.batch)
     one = StageConfig(
-        stage=1, steps=first, eta=0.03, target_sparsity=config.sparsity, lr=config.lr, **common
-    )
+        stage=1, steps=first, eta=0.03, target_sparsity=config.sparsity, lr=config.lr,
+        batch=config.batch, seed=1 + seed,
+    )  # fmt: skip
     Stage(sparse, data, one).run()
-    land(sparse, sample, config.sparsity)
-    two = StageConfig(stage=2, steps=config.steps - first, lr=0.1 * config.lr, **common)
+    land(sparse, everything, config.sparsity)
+    two = StageConfig(  # with a seed of its own: stage 1's batches are not seen twice
+        stage=2, steps=config.steps - first, lr=config.stage2_rate * config.lr,
+        batch=config.batch, seed=1001 + seed,
+    )  # fmt: skip
     Stage(sparse, data, two).run()
+    land(sparse, everything, config.sparsity)
     return sparse
 
 

@@ -77,7 +77,8 @@ class StageConfig:
         stage: 1 trains model and routers with soft scores; 2 freezes the routers and trains the
             model with hard selection; 0 is plain fine-tuning of the dense model (the control).
         eta: efficiency coefficient; where ``target_sparsity`` is set, where it starts.
-        target_sparsity: wanted FFN sparsity in [0, 1); None keeps eta fixed (paper).
+        target_sparsity: wanted FFN sparsity in [0, 1); None keeps eta fixed (paper). In stage 2 the
+            threshold lands on it once more at the end, as the model moves under frozen routers.
         lam: separability coefficient at its full height.
         eps: added to the squared distance in the separability loss; ours, not optional.
         lam_schedule: ``"ramp"`` is 0 for half of stage 1 and reaches ``lam`` at 80 % (ours);

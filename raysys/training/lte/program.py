@@ -71,9 +71,11 @@ class ProgramConfig:
         out: where the trained checkpoint goes.
         teacher: dense model folder for distillation.
         checkpoint_every: steps between states to resume from.
-        evaluate_every: steps between evaluations on held-out text; 0 evaluates at the end only.
+        evaluate_every: steps between evaluations on held-out text (the curve, in steps and training
+            tokens); 0 evaluates at the end only.
         fit: before stage 1, fit the routers to the target sparsity (needs ``router_init=warm``).
         threads: torch threads per worker.
+        shard: spread weights and optimiser states over the workers; needs two or more.
         force: run stage 2 without a finished stage 1, and resume under another configuration.
     """
 
@@ -86,6 +88,7 @@ class ProgramConfig:
     evaluate_every: int = 0
     fit: bool = False
     threads: int = 1
+    shard: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -93,6 +96,8 @@ class ProgramConfig:
         require("evaluate_every", self.evaluate_every, self.evaluate_every >= 0, "0 or more")
         require("threads", self.threads, self.threads >= 1, "at least 1")
         fits = not self.fit or (self.stage.stage == 1 and self.stage.target_sparsity is not None)
+        lora = self.stage.scope == "lora+router"
+        require("shard", self.shard, not (self.shard and lora), "false with scope lora+router")
         require("fit", self.fit, fits, "false without stage 1 and a target_sparsity")
 
 
@@ -124,21 +129,22 @@ def train(
         fit_routers(found.sparse, text.all_batches(config.stage.batch, 32), target)
     teacher = checkpoints.load_dense(Path(config.teacher)) if config.teacher else None
     stage = Stage(
-        found.sparse, text, config.stage, teacher=teacher, rank=rank, world=world, reduce=reduce
-    )
+        found.sparse, text, config.stage, teacher=teacher, rank=rank, world=world, reduce=reduce,
+        shard=config.shard,
+    )  # fmt: skip
     curve: list[dict[str, Any]] = []
     if saved is not None:
         curve = _resume(stage, config, saved)
     tests = held_out.all_batches(config.stage.batch, config.text.held_out or None)
     while not stage.done:
         stage.run(until=_next_stop(stage.step, config))
-        if _due(stage.step, config.evaluate_every) and rank == 0:
-            curve.append({"step": stage.step, **_evaluate(found.sparse, tests, config)})
+        if _due(stage.step, config.evaluate_every) and (rank == 0 or stage.sharded):
+            curve.append(_point(stage, config, _evaluate(found.sparse, tests, config)))
         if _due(stage.step, config.checkpoint_every) and not stage.done:
-            state = _state(stage, config, curve) if rank == 0 else None
+            state = _state(stage, config, curve, rank)
             report({**stage.log[-1], "curve": list(curve)}, state)
             stage.last_saved = stage.step
-    state = _state(stage, config, curve) if rank == 0 else None
+    state = _state(stage, config, curve, rank)
     result = _finish(config, found, stage, text, tests, curve, rank)
     report(result, state)
     return result
@@ -151,15 +157,30 @@ def _finish(
     if config.stage.scope == "lora+router":
         merge_lora(found.sparse)
     offset = 0.0
-    if config.stage.stage == 1 and config.stage.target_sparsity is not None:
+    if config.stage.stage > 0 and config.stage.target_sparsity is not None:
         sample = text.all_batches(config.stage.batch, 32)
         offset = land(found.sparse, sample, config.stage.target_sparsity)
     figures = _evaluate(found.sparse, tests, config)
-    result = {"step": stage.step, **figures, "eta": stage.eta, "landing_offset": offset}
-    result |= stage.expert_use() | {"curve": [*curve, {"step": stage.step, **figures}]}
+    last = _point(stage, config, figures)
+    result = {**last, "eta": stage.eta, "landing_offset": offset}
+    result |= stage.expert_use() | {"curve": [*curve, last]}
+    weights = stage.state_dict()["model"] if stage.sharded and config.out else None
     if rank == 0 and config.out:
-        _write(config, found, figures)
+        _write(config, _gathered(config, found, weights), figures)
     return result
+
+
+def _gathered(
+    config: ProgramConfig, found: checkpoints.Checkpoint, weights: dict[str, Any] | None
+) -> checkpoints.Checkpoint:
+    """The checkpoint with whole weights: itself, or its twin that is not sharded."""
+    if weights is None:
+        return found
+    twin = _open(config, Path(config.model))
+    twin.sparse.model.load_state_dict(weights)
+    for mine, theirs in zip(twin.sparse.gates, found.sparse.gates):
+        mine.threshold = theirs.threshold
+    return twin
 
 
 def _write(config: ProgramConfig, found: checkpoints.Checkpoint, figures: dict[str, Any]) -> None:
@@ -223,10 +244,24 @@ def _evaluate(sparse: SparseModel, tests: list[Any], config: ProgramConfig) -> d
     return found
 
 
-def _state(stage: Stage, config: ProgramConfig, curve: list[dict[str, Any]]) -> bytes:
+def _point(stage: Stage, config: ProgramConfig, figures: dict[str, Any]) -> dict[str, Any]:
+    """A point of the curve: figures after so many steps and training tokens."""
+    tokens = stage.step * config.stage.batch * config.text.seq_len
+    return {"step": stage.step, "tokens": tokens, **figures}
+
+
+def _state(
+    stage: Stage, config: ProgramConfig, curve: list[dict[str, Any]], rank: int
+) -> bytes | None:
+    """Rank 0's bytes; where weights are sharded, every rank takes part in gathering them."""
+    if rank != 0 and not stage.sharded:
+        return None
+    state = stage.state_dict()
+    if rank != 0:
+        return None
     buffer = io.BytesIO()
     plain = config_to_dict(config.stage)
-    torch.save({"stage": stage.state_dict(), "config": plain, "curve": curve}, buffer)
+    torch.save({"stage": state, "config": plain, "curve": curve}, buffer)
     return buffer.getvalue()
 
 

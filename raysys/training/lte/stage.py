@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from raysys.training.lte import sharding
 from raysys.training.lte.config import StageConfig, threshold_logit
 from raysys.training.lte.controller import ControllerConfig, SparsityController
 from raysys.training.lte.errors import LTEConfigError, LTEDataError
@@ -63,6 +64,9 @@ class Stage:
         rank, world, reduce: place among the workers, and an in-place sum over them.
         mode: selection while training; by default the stage's own.
         selectors: another selection per layer (the baselines), instead of a mode.
+        shard: spread weights, gradients and optimiser states over the workers (``sharding.py``);
+            gradients are then summed there and not by ``reduce``, and every worker must call
+            :meth:`state_dict`.
 
     Raises:
         LTEConfigError: distillation without a teacher, or fewer sequences than workers.
@@ -81,6 +85,7 @@ class Stage:
         reduce: AllReduce | None = None,
         mode: Mode | None = None,
         selectors: Sequence[Selector] | None = None,
+        shard: bool = False,
     ) -> None:
         if config.distil > 0 and teacher is None:
             raise LTEConfigError("distil", config.distil, "0 without a teacher model")
@@ -97,6 +102,9 @@ class Stage:
         self.log: list[dict[str, Any]] = []
         self.threshold = 1.0 / (1.0 + math.exp(-sparse.gates[0].threshold))
         apply_scope(sparse, config)
+        self.sharded = shard
+        if shard:
+            sharding.shard(sparse)
         self.optimizer = torch.optim.AdamW(parameter_groups(sparse, config))
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self.controller = self._controller(controller)
@@ -267,7 +275,7 @@ class Stage:
 
     def _exchange(self) -> None:
         """Sum the gradients over the workers; shares of a global mean add up to the whole."""
-        if self.reduce is None:
+        if self.reduce is None or self.sharded:
             return
         for parameter in self.sparse.model.parameters():
             if parameter.requires_grad:
@@ -283,7 +291,7 @@ class Stage:
             "router_grad_norm": _norm([p for p in trained if id(p) in routers]),
         }
         if self.config.clip > 0:
-            total = nn.utils.clip_grad_norm_(trained, self.config.clip)
+            total = sharding.whole(nn.utils.clip_grad_norm_(trained, self.config.clip))
             if not bool(torch.isfinite(total)):
                 raise LTEDataError(
                     "gradient",
@@ -294,10 +302,13 @@ class Stage:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs; tensors are shared with the live model."""
+        model: Any = self.sparse.model
         return {
             "step": self.step,
-            "model": self.sparse.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": sharding.model_state(model) if self.sharded else model.state_dict(),
+            "optimizer": sharding.optimizer_state(model, self.optimizer)
+            if self.sharded
+            else self.optimizer.state_dict(),
             "controller": self.controller.state_dict() if self.controller else None,
             "on": self._on,
             "tokens": self._tokens,
@@ -306,8 +317,11 @@ class Stage:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; the number of workers may differ."""
-        self.sparse.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.sharded:
+            sharding.load(self.sparse.model, self.optimizer, state)
+        else:
+            self.sparse.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
         if self.controller is not None and state["controller"] is not None:
             self.controller.load_state_dict(state["controller"])
         self.step = self.last_saved = state["step"]
@@ -321,5 +335,6 @@ def _tokens(batch: Batch) -> int:
 
 
 def _norm(parameters: Sequence[Tensor]) -> float:
-    gradients = [p.grad.detach().float().norm() for p in parameters if p.grad is not None]
+    found = [p.grad.detach().float().norm() for p in parameters if p.grad is not None]
+    gradients = [sharding.whole(norm) for norm in found]
     return float(torch.stack(gradients).norm()) if gradients else 0.0

@@ -28,7 +28,7 @@ from raysys.training.lte.losses import (
     separability_sum,
     stack_scores,
 )
-from raysys.training.lte.pareto import mark_pareto
+from raysys.training.lte.pareto import hopeless, mark_pareto
 from raysys.training.lte.text import TokenBlocks, corpus, to_bytes
 
 
@@ -234,6 +234,17 @@ def test_pareto_set() -> None:
         ]
     )
     assert [row["pareto"] for row in rows] == [False, True, True]
+    assert not mark_pareto([{"sparsity": 0.9, "nll": 1.0, "stopped": True}])[0]["pareto"]
+
+
+def test_a_sweep_stops_points_that_are_clearly_beaten() -> None:
+    pairs = ((0.2, 1.0), (0.5, 1.3), (0.6, 1.1), (0.6, 1.05), (0.8, 1.19), (0.7, 9.0))
+    rows = [{"sparsity": sparsity, "nll": nll} for sparsity, nll in pairs]
+    assert hopeless(rows, 0.1) == [False, True, False, False, False, True]
+    assert hopeless(rows, 0.0) == [False, True, True, False, False, True]
+    assert not any(hopeless(rows, math.inf))
+    with pytest.raises(LTEConfigError, match="stop_margin"):
+        hopeless(rows, math.nan)
 
 
 def test_sparsity_counts_valid_tokens_only() -> None:
