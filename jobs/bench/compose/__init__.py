@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jobs.bench.compose import fleet
+from jobs.bench.compose import fleet, frozen
 from raysys.bench import ClaimFunction
 
 CONFIG = {
@@ -10,8 +10,13 @@ CONFIG = {
         "phones": fleet.PHONES_FULL, "online": fleet.ONLINE, "unit_s": fleet.UNIT_S,
         "policies": list(fleet.POLICIES), "use": list(fleet.USES),
     },
+    "kgt_in_clients": {
+        "hidden": list(frozen.HIDDEN), "clients": frozen.CLIENTS, "per_round": frozen.PER_ROUND,
+        "server_held": frozen.HELD,
+    },
 }  # fmt: skip
 
 CLAIMS: dict[str, ClaimFunction] = {
     "shared_fleet": fleet.shared_fleet,
+    "kgt_in_clients": frozen.kgt_in_clients,
 }
