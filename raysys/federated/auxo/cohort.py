@@ -198,7 +198,6 @@ class Cohort:
             "too many cohorts already": leaves + parts - 1 > config.max_leaves,
             "labels do not agree with earlier ones yet": doubtful,
             "too few of the clients that check in have a label": report.coverage < config.cover,
-            "the clients differ by less than noise": gate == "corrected" and found.total_high < 0,
             "the parts are as scattered as the whole": gate == "corrected" and scattered,
             "the printed criterion is not met": gate == "literal" and not report.literal,
             "too few participants for so many parts": report.participants < parts * config.p_min,

@@ -226,20 +226,6 @@ def test_the_number_of_parts_is_one_that_stands_out(
     assert cohort._most_stable() == parts
 
 
-def test_clients_that_differ_by_less_than_noise_are_not_split() -> None:
-    cohort = Cohort(0, None, 0, AuxoConfig(window=1), 0)
-    cohort.parts = 2
-    cohort._agreement.append(1.0)
-    cohort._coverage.append(1.0)
-    verdicts = []
-    for sign in (1.0, -1.0):  # halves of a client agree, or do not even that
-        cohort._terms.clear()
-        terms = sign * np.linspace(0.9, 1.1, 40)
-        cohort._terms.append((terms, 0.1 * terms))
-        verdicts.append(cohort.decide(3, np.array([20, 20]), 1, 100.0).verdict)
-    assert verdicts == ["split", "the clients differ by less than noise"]
-
-
 def test_a_long_sketch_gives_the_same_directions_and_forgets_those_of_a_split() -> None:
     rng = np.random.default_rng(5)
     axes = np.linalg.qr(rng.standard_normal((600, 3)))[0].T
