@@ -31,6 +31,17 @@ inline u32 match_group(const u8* tags, u8 tag) {
 #endif
 }
 
+// Bits of the cells of a group that hold a row.
+inline u32 live_group(const u8* tags) {
+#ifdef __SSE2__
+  return ~u32(_mm_movemask_epi8(_mm_load_si128(reinterpret_cast<const __m128i*>(tags)))) & 0xffff;
+#else
+  u32 mask = 0;
+  for (int i = 0; i < 16; ++i) mask |= u32(tags[i] < 0x80) << i;
+  return mask;
+#endif
+}
+
 struct Segment {
   u8* block;
   u8* tags;

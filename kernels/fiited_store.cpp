@@ -1,6 +1,6 @@
 // Plain C interface of the VHPI embedding store. Every call locks the store, refuses to run in a
 // forked child, and answers a Status (0 or a count on success, negative otherwise).
-#include "fiited_adjust.h"
+#include "fiited_round.h"
 #include "fiited_rows.h"
 
 using namespace fiited;

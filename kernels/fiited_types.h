@@ -85,6 +85,8 @@ inline int popcount(u32 x) { return __builtin_popcount(x); }
 typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
+typedef i32 i4 __attribute__((vector_size(16), aligned(4), may_alias));
+inline bool any_bit(i4 a) { return ((a[0] | a[1]) | (a[2] | a[3])) != 0; }
 
 template <int L> struct Lanes;
 template <> struct Lanes<8> { using type = v8; };

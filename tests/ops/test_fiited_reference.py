@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,11 @@ from raysys.training.fiited.store import FiitedStore
 TABLES = (TableSpec(name="a", dim=16, rows=300), TableSpec(name="b", dim=8, rows=60, weight=2.0))
 
 
-def build(engine: str, isa: str | None = None, **fields: Any) -> FiitedStore:
+def build(
+    engine: str, isa: str | None = None, tables: tuple[TableSpec, ...] = TABLES, **fields: Any
+) -> FiitedStore:
     given = {"chunk": 4, "budget_slots": 120, "seed": 3, "page_bytes": 4096} | fields
-    return FiitedStore(FiitedConfig(**given), TABLES, engine=engine, isa=isa)
+    return FiitedStore(FiitedConfig(**given), tables, engine=engine, isa=isa)
 
 
 def train(store: FiitedStore, steps: int, bags: bool = False) -> list[np.ndarray]:
@@ -74,6 +77,20 @@ def test_compiled_store_equals_reference(
     assert all(np.array_equal(a, b) for a, b in zip(*outputs))
     assert stores[0].engine.counters()["evicted"] > 0
     assert_equal(*stores)
+
+
+@pytest.mark.parametrize("shape", ["prefix", "free"])
+def test_rounds_over_four_chunks_of_equal_weight_equal_reference(shape: str) -> None:
+    """Four chunks and equal weights take the vector path of a round, on every instruction set."""
+    tables = tuple(replace(table, weight=1.0) for table in TABLES)
+    fields = {"shape": shape, "cadence": "interval", "interval": 3, "tables": tables}
+    reference = build("reference", **fields)
+    train(reference, 30)
+    assert reference.engine.counters()["evicted"] > 0
+    for isa in runnable_isas():
+        compiled = build("native", isa=isa, **fields)
+        train(compiled, 30)
+        assert_equal(compiled, reference)
 
 
 def test_bags_means_and_weights_equal_reference() -> None:

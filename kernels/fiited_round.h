@@ -1,0 +1,178 @@
+// Adjustment: a whole round with its exact threshold, a slice of the continuous mode, compaction.
+#pragma once
+
+#include "fiited_adjust.h"
+
+namespace fiited {
+
+// How many to grow and to evict: never more than the exchange needs or the churn cap allows.
+struct Exchange { i64 grow, evict; };
+inline Exchange exchange_size(i64 alive, i64 target, i64 growers, i64 victims, i64 churn) {
+  const i64 room = std::max<i64>(0, target - alive);
+  const i64 surplus = std::max<i64>(0, alive - target);
+  const i64 swaps = std::min({std::max<i64>(0, growers - room), churn, std::max<i64>(0, victims - surplus)});
+  return {std::min(growers, surplus ? swaps : room + swaps), std::min(victims, surplus + swaps)};
+}
+
+inline i64 target_slots(const Store& s) {
+  i64 slots = s.c.slots;
+  if (s.c.budget_bytes) {   // what the index takes is not available to chunks
+    const i64 index = s.directory->mapped_bytes() + s.sketch->bytes() + 2 * s.c.page_bytes;
+    slots = std::min(slots, std::max<i64>(0, s.c.budget_bytes - index) / (i64(s.c.chunk) * 4 * (1 + s.states)));
+  }
+  return slots - i64(double(slots) * s.c.slack);
+}
+
+inline void next_round(Store& s) {
+  ++s.round;
+  s.scale /= double(s.c.gamma);
+  if (s.scale <= 0x1p60) return;
+  s.scale *= 0x1p-60;   // an exact power of two: the ranking cannot change
+  s.directory->for_each([&](Segment& g) {
+    const size_t n = s.directory->capacity(g) * s.c.max_chunks;
+    for (size_t i = 0; i < n; ++i) g.utils[i] *= 0x1p-60f;
+  });
+  s.sketch->rescale(0x1p-60f);
+  s.cut.score *= s.cut.score > 0 ? 0x1p-60f : 1.0f;
+  std::fill(s.window.begin(), s.window.end(), 0.0f);
+  s.window_weight = 0;
+}
+
+// The threshold of a round over a range, and the rows that it can still change.
+inline Cut exact_cut(const Store& s, const Range& range, i64 target, u64 salt, Places& places) {
+  const std::vector<i64> bins = whole_histogram(s, range);
+  i64 above = 0;
+  int b = kBins - 1;
+  for (; b >= 0 && above + bins[b] <= target; --b) above += bins[b];
+  places.clear();
+  list_places(s, range, u32(std::max(b, 0)), places);
+  if (b < 0) return {};
+  std::vector<std::pair<float, u64>> members;
+  members.reserve(size_t(bins[b]));
+  collect_from(s, [&](auto f) { each_listed(s, places, range.table, f); }, range.table, u32(b), salt, members);
+  const size_t need = size_t(target - above);
+  std::nth_element(members.begin(), members.begin() + need, members.end(), std::greater<>());
+  return {members[need].first, members[need].second};
+}
+
+// Where the exchange of a whole round ends, by bins: a round that swaps a few percent must not list
+// every chunk that would like to move.
+struct Survey { Exchange exchange; Bounds bounds; };
+inline Survey survey(const Store& s, const Places& places, const Cut& cut, u64 salt, i64 target, i64 churn) {
+  std::vector<i64> grow(kBins, 0), evict(kBins, 0);
+  i64 growers = 0, victims = 0;
+  each_change(s, [&](auto f) { each_listed(s, places, -1, f); }, cut, salt,
+              [&](Segment&, size_t, const float* score, int j, bool grows) {
+    ++(grows ? grow : evict)[bits_of(score[j]) >> 16];
+    ++(grows ? growers : victims);
+  });
+  for (const Candidate& q : s.queue)
+    if (cut.below(q.score, tie_of(q.key, q.table, salt, 0))) { ++grow[bits_of(q.score) >> 16]; ++growers; }
+  Survey found{exchange_size(s.alive, target, growers, victims, churn), {}};
+  u32 from = kBins, to = 0;
+  for (i64 sum = 0; from > 0 && sum < found.exchange.grow;) sum += grow[--from];
+  for (i64 sum = evict[0]; to + 1 < kBins && sum < found.exchange.evict;) sum += evict[++to];
+  found.bounds = {from, to};
+  return found;
+}
+
+inline void full_round(Store& s) {
+  unique_queue(s);
+  const i64 target = target_slots(s);
+  const u64 salt = mix(s.c.seed + s.round);
+  const i64 churn = std::max<i64>(1, i64(s.c.churn_cap * double(s.c.slots)));
+  Exchange x;
+  Places places;
+  if (s.c.by_table) {
+    i64 weight = 0;
+    for (const TableConfig& t : s.tables) weight += t.dense_rows;
+    for (int t = 0; t < s.c.tables; ++t) {
+      Range range; range.table = t;
+      const i64 share = weight ? i64(double(target) * double(s.tables[t].dense_rows) / double(weight)) : target / s.c.tables;
+      const Cut cut = exact_cut(s, range, share, salt, places);
+      plan_from(s, [&](auto f) { each_listed(s, places, t, f); }, t, cut, salt, {});
+    }
+    x = exchange_size(s.alive, target, i64(s.growers.size()), i64(s.victims.size()), churn);
+  } else {
+    s.cut = exact_cut(s, {}, target, salt, places);
+    const Survey found = survey(s, places, s.cut, salt, target, churn);
+    x = found.exchange;
+    if (x.grow || x.evict) plan_from(s, [&](auto f) { each_listed(s, places, -1, f); }, -1, s.cut, salt, found.bounds);
+  }
+  keep_best(s.growers, size_t(x.grow));
+  keep_worst(s.victims, size_t(x.evict));
+  apply_plan(s);
+  s.queue.clear();
+}
+
+// Continuous mode: one slice of the key space per step; the threshold comes from the decayed
+// histogram of the latest slices, which are random samples of the rows because keys are hashed.
+inline void slice(Store& s, i64 slices) {
+  const i64 index = s.step % slices;
+  if (index == 0 && s.step) next_round(s);
+  const u64 width = ~u64(0) / u64(slices);
+  Range range{width * u64(index), index + 1 == slices ? ~u64(0) : width * u64(index + 1) - 1, -1};
+  constexpr float keep = 0.9f;
+  for (float& bin : s.window) bin *= keep;
+  s.window_weight = s.window_weight * keep + 1.0 / double(slices);
+  histogram(s, range, false, s.window.data());
+  const i64 target = target_slots(s);
+  const double want = double(target) * s.window_weight;
+  double above = 0;
+  s.cut = {};
+  int top = kBins - 1;
+  while (top > 0 && s.window[top] == 0.0f) --top;
+  for (int b = top; b >= 0; --b) {
+    above += s.window[b];
+    if (above > want) { s.cut = {float_of((u32(b) << 16) | 0xffff), ~u64(0)}; break; }
+  }
+  unique_queue(s);
+  const u64 salt = mix(s.c.seed + s.round);
+  plan(s, range, s.cut, salt);
+  const i64 churn = std::max<i64>(1, i64(4.0 * s.c.churn_cap * double(s.c.slots) / double(slices)));
+  const Exchange x = exchange_size(s.alive, target, i64(s.growers.size()), i64(s.victims.size()), churn);
+  keep_best(s.growers, size_t(x.grow));
+  keep_worst(s.victims, size_t(x.evict));
+  apply_plan(s);
+  s.queue.clear();
+}
+
+// Move rows out of the emptiest page of every class, up to `limit` rows; returns how many moved.
+inline i64 compact(Store& s, const Range& range, i64 limit) {
+  const int classes = s.c.layout == kSlabs ? s.c.max_chunks : 1;
+  u32 page[kMaxChunks + 1];
+  bool any = false;
+  for (int m = 1; m <= classes; ++m) {
+    page[m] = s.pool->draining(m);
+    if (page[m] != kNoSlot && !s.pool->fuller_page_exists(page[m], m)) page[m] = kNoSlot;
+    any |= page[m] != kNoSlot;
+  }
+  i64 moved = 0;
+  if (!any) return 0;
+  s.directory->for_range(range.low, range.high, [&](Segment& g, size_t begin, size_t end, bool whole) {
+    for (size_t i = begin; i < end && moved < limit; ++i) {
+      if (g.tags[i] & 0x80) continue;
+      Entry& e = g.entries[i];
+      if (!whole && (e.key < range.low || e.key > range.high)) continue;
+      const int len = popcount(e.alive & kAliveMask);
+      for (int j = 0; j < (s.c.layout == kSlabs ? 1 : s.c.max_chunks); ++j) {
+        if (s.c.layout == kChunked && !(e.alive >> j & 1)) continue;
+        const int m = s.c.layout == kSlabs ? len : 1;
+        u32& slot = s.c.layout == kSlabs ? e.slot : g.refs[i * s.c.max_chunks + j];
+        if (!m || page[m] == kNoSlot || s.pool->page_of(slot) != page[m]) continue;
+        const u32 fresh = s.pool->alloc(m);
+        if (fresh == kNoSlot) continue;
+        if (s.pool->page_of(fresh) == page[m]) { s.pool->free(fresh, m); continue; }
+        std::memcpy(s.pool->at(fresh, m), s.pool->at(slot, m), size_t(m) * s.c.chunk * 4 * (1 + s.states));
+        s.pool->free(slot, m);
+        slot = fresh;
+        ++moved;
+        if (s.pool->draining(m) != page[m]) page[m] = kNoSlot;
+      }
+    }
+  });
+  if (moved) ++s.directory->version;   // weights have moved: open batches look their rows up again
+  return moved;
+}
+
+}  // namespace fiited
