@@ -1,0 +1,183 @@
+"""KGT, CCS, FIITED and LTE: training drivers, Ray tasks and Ray Train workers die."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.bench.faults.program import Program, newer_file, shoot, titled
+from raysys import machine
+from raysys.bench import Claim, Profile
+from raysys.errors import RemoteError
+from raysys.runs import RunDirectory
+
+SEED = 12
+CLICKS = 150_000
+PROMISE = "the result equals that of an undisturbed run, bit by bit"
+
+
+def kgt(profile: Profile) -> Claim:
+    """``raysys train`` with freezing; the driver dies and is resumed."""
+    settings = (
+        "recipe.epochs=20", "recipe.batch_size=128", "recipe.lr=0.02", "network.widths=[8,8,16]",
+        "kgt.window=2", "kgt.every=2", "kgt.bootstrap_rate=10", "kgt.reference=fp32", "kgt.coef=5",
+        "kgt.modules=64", "kgt.pattern=stem|blocks[.].|head", "checkpoint_every=5",
+    )  # fmt: skip
+
+    def digest(folder: Path) -> str:
+        import torch
+
+        saved = RunDirectory.open(str(folder / "run")).load_checkpoint()
+        if saved is None:
+            return "no checkpoint"
+        path = folder / "state.pt"
+        path.write_bytes(next(iter(saved[1].values())))
+        return _of_tensors(torch.load(path, weights_only=True)["model"])
+
+    return _measure(
+        profile, "kgt", ("jobs.train",), lambda base, folder: settings, {}, "checkpoints/*", digest
+    )
+
+
+def fiited(profile: Profile) -> Claim:
+    """``raysys embed train``; the driver dies and is resumed."""
+
+    def settings(base: Path, folder: Path) -> list[str]:
+        path = base / "clicks.parquet"
+        if not path.exists():
+            _write_clicks(path)
+        return [f"data={path}", "batch=64", "window=20", "rows=2000", "save_every=2"]
+
+    def digest(folder: Path) -> str:
+        import torch
+
+        latest = folder / "run/latest"
+        found = hashlib.sha256((latest / "position.json").read_bytes())
+        for path in sorted((latest / "tables").rglob("*")):
+            if path.is_file():
+                found.update(path.name.encode() + path.read_bytes())
+        dense = torch.load(latest / "dense.pt", weights_only=True)
+        return hashlib.sha256((found.hexdigest() + _of_tensors(dense)).encode()).hexdigest()
+
+    words = ("jobs.embed", "train")
+    return _measure(profile, "fiited", words, settings, {}, "latest", digest)
+
+
+def ccs(profile: Profile) -> Claim:
+    """``raysys coreset score``; the scoring task or the driver dies."""
+    settings = (
+        "proxy.channels=[4,8,8]", "proxy.iterations=60", "proxy.score_iterations=500",
+        "proxy.batch=64",
+    )  # fmt: skip
+
+    def digest(folder: Path) -> str:
+        table = pq.read_table(folder / "run/scores.parquet")
+        return hashlib.sha256(repr(table.to_pydict()).encode()).hexdigest()
+
+    task = r"^ray::scoring_task"
+    words = ("jobs.coreset", "score")
+    victims = {"task": task}
+    return _measure(profile, "ccs", words, lambda base, folder: settings, victims, "", digest, task)
+
+
+def lte(profile: Profile) -> Claim:
+    """``raysys lte train``; a Ray Train worker, its controller or the driver dies."""
+
+    def settings(base: Path, folder: Path) -> list[str]:
+        if not (base / "lte").exists():
+            _write_model(base)
+        return [
+            f"model={base / 'lte'}", f"out={folder / 'trained'}", "text.corpus=folder",
+            f"text.folder={base / 'text'}", "text.tokens=bytes", "text.seq_len=16",
+            "text.held_out=4", "stage.steps=400", "stage.batch=2", "checkpoint_every=20",
+        ]  # fmt: skip
+
+    def digest(folder: Path) -> str:
+        found = hashlib.sha256()
+        for path in sorted((folder / "trained").glob("*.safetensors")):
+            found.update(path.read_bytes())
+        return found.hexdigest()
+
+    victims = {"worker": r"^ray::.*RayTrainWorker"}
+    mark = "ray-train/stage/checkpoint_*"
+    return _measure(profile, "lte", ("jobs.lte", "train"), settings, victims, mark, digest)
+
+
+def _measure(
+    profile: Profile, system: str, words: tuple[str, ...],
+    settings: Callable[[Path, Path], Any], victims: dict[str, str], mark: str,
+    digest: Callable[[Path], str], title: str = "",
+) -> Claim:  # fmt: skip
+    trials, each = profile.pick((1, 2), (10, 2))
+    with tempfile.TemporaryDirectory() as name:
+        base = Path(name)
+        program = Program(
+            system=system, words=words, settings=lambda folder: settings(base, folder),
+            victims=victims, sign=titled(title) if title else newer_file(mark), digest=digest,
+        )  # fmt: skip
+        return shoot(program, base / "trials", SEED, trials, each).claim(system, PROMISE, SEED)
+
+
+def _of_tensors(state: Any) -> str:
+    """Hash of tensors and plain values in nested dicts and lists."""
+    found = hashlib.sha256()
+
+    def visit(value: Any) -> None:
+        if isinstance(value, dict):
+            for name in sorted(value, key=str):
+                found.update(str(name).encode())
+                visit(value[name])
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                visit(item)
+        elif hasattr(value, "numpy"):
+            found.update(value.detach().contiguous().numpy().tobytes())
+        else:
+            found.update(repr(value).encode())
+
+    visit(state)
+    return found.hexdigest()
+
+
+def _write_clicks(path: Path) -> None:
+    """Rows whose label depends on two ids and a dense feature."""
+    rng = np.random.default_rng(0)
+    user, item = np.minimum(rng.zipf(1.3, (2, CLICKS)), 2000)
+    price = rng.normal(size=CLICKS)
+    logit = np.sin(user * 1.7) * 1.5 + np.cos(item * 2.3) * 1.5 + price
+    label = (rng.random(CLICKS) < 1 / (1 + np.exp(-logit))).astype(np.int64)
+    table = {"label": label, "user": user, "item": [f"i{i}" for i in item], "price": price}
+    pq.write_table(pa.table(table), path)
+
+
+def _write_model(base: Path) -> None:
+    """A tiny language model with experts, and a little text."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, tie_word_embeddings=True, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(base / "dense")
+    (base / "text").mkdir()
+    for index in range(12):
+        (base / "text" / f"{index}.txt").write_text(f"the {index} quick brown foxes " * 12)
+    given = [f"model={base / 'dense'}", f"out={base / 'lte'}", "options.expert_size=8"]
+    words = [word for one in given for word in ("--set", one)]
+    command = [sys.executable, "-m", "jobs.lte", "convert", "--run-dir", str(base / "convert")]
+    done = subprocess.run(
+        [*command, *words], cwd=machine.app_root(), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RemoteError("jobs.lte convert", done.stderr[-600:], "See its output")
