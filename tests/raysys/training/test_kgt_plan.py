@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,15 @@ def test_residual_net_is_cut_at_its_blocks_and_runs_the_same() -> None:
         h = module.segment(h, SIGNAL)
     assert torch.equal(h, model(SIGNAL))
     assert sum(len(m.parameters) for m in plan.modules) == len(list(model.parameters()))
+
+
+def test_a_slice_of_numpy_images_is_measured_in_the_layout_of_training() -> None:
+    model = models.ResNet(3, widths=(4, 4, 8), dimensions=2)
+    images = np.zeros((16, 8, 8), np.float32)[:, None]
+    seen: list[tuple[int, ...]] = []
+    model.stem[0].register_forward_pre_hook(lambda part, given: seen.append(given[0].stride()))
+    parse(model, (torch.from_numpy(images)[:6],), modules=16)
+    assert set(seen) == {(64, 64, 8, 1)}
 
 
 def test_parsing_leaves_the_model_as_it_was() -> None:
