@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import sys
 import tempfile
@@ -62,14 +63,32 @@ def fiited(profile: Profile) -> Claim:
 
         latest = folder / "run/latest"
         found = hashlib.sha256((latest / "position.json").read_bytes())
-        for path in sorted((latest / "tables").rglob("*")):
-            if path.is_file():
-                found.update(path.name.encode() + path.read_bytes())
+        for part in json.loads((latest / "tables/manifest.json").read_text())["parts"]:
+            found.update(_rows_in_order(latest / "tables" / part["name"], part))
         dense = torch.load(latest / "dense.pt", weights_only=True)
         return hashlib.sha256((found.hexdigest() + _of_tensors(dense)).encode()).hexdigest()
 
     words = ("jobs.embed", "train")
     return _measure(profile, "fiited", words, settings, {}, "latest", digest)
+
+
+def _rows_in_order(path: Path, part: dict[str, Any]) -> bytes:
+    """A part of the tables with its rows by key: a loaded store keeps them in another order."""
+    from raysys.ops import fiited_abi as abi
+    from raysys.training.fiited import checkpoint
+
+    arrays = checkpoint.read_arrays(path, part)
+    if "entries" not in arrays:
+        return path.read_bytes()
+    entries = arrays["entries"].view(abi.ENTRY)
+    chunks = np.bitwise_count(entries["alive"] & abi.ALIVE_MASK).astype(np.int64)
+    lengths = chunks * (len(arrays["values"]) // max(int(chunks.sum()), 1))
+    ends = np.cumsum(lengths)
+    order = np.lexsort((entries["key"], entries["table"]))
+    values = [arrays["values"][ends[row] - lengths[row] : ends[row]] for row in order]
+    utils = arrays["utils"].reshape(len(entries), -1)
+    known = [entries[name][order].tobytes() for name in abi.ENTRY.names or () if name != "slot"]
+    return b"".join([*known, utils[order].tobytes(), *(v.tobytes() for v in values)])
 
 
 def ccs(profile: Profile) -> Claim:

@@ -270,7 +270,7 @@ def _read_parts(
         path = root / part["name"]
         if path.parent != root or path.is_symlink() or not path.is_file():
             raise DataError(str(path), "not a plain file of the checkpoint", "Restore it")
-        arrays = _read_arrays(path, part)
+        arrays = read_arrays(path, part)
         if part["name"] == "clock.arrow":
             clock = arrays
             continue
@@ -283,7 +283,7 @@ def _read_parts(
     return clock, parts
 
 
-def _read_arrays(path: Path, part: dict[str, Any]) -> dict[str, npt.NDArray[Any]]:
+def read_arrays(path: Path, part: dict[str, Any]) -> dict[str, npt.NDArray[Any]]:
     data = path.read_bytes()
     if len(data) != part["bytes"] or hashlib.sha256(data).hexdigest() != part["sha256"]:
         raise DataError(str(path), "size or checksum differs", "Restore an intact copy")
