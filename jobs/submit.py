@@ -64,19 +64,25 @@ def submit(job: str, arguments: Sequence[str], address: str, *, wait: bool) -> i
     client = _connect(address)
     entrypoint = shlex.join(["python", "-m", f"jobs.{job}", *arguments])
     try:
-        identity = client.submit_job(
-            entrypoint=entrypoint,
-            runtime_env={
-                "working_dir": str(machine.app_root()),
-                "excludes": EXCLUDES,
-                "env_vars": {"OMP_WAIT_POLICY": "PASSIVE"},
-            },
-            metadata={"raysys_job": job},
-        )
+        identity = send(client, entrypoint, job)
     except (RuntimeError, ConnectionError, ValueError) as error:
         raise RemoteError(address, str(error).split("\n", 1)[0]) from error
     print(f"submitted {identity}: {entrypoint}", flush=True)
     return _follow(client, identity, address) if wait else 0
+
+
+def send(client: Any, entrypoint: str, job: str) -> str:
+    """Hand an entrypoint over to a JobSubmissionClient with this code; returns the job's id."""
+    identity = client.submit_job(
+        entrypoint=entrypoint,
+        runtime_env={
+            "working_dir": str(machine.app_root()),
+            "excludes": EXCLUDES,
+            "env_vars": {"OMP_WAIT_POLICY": "PASSIVE"},
+        },
+        metadata={"raysys_job": job},
+    )
+    return str(identity)
 
 
 def _split(words: list[str]) -> tuple[list[str], list[str]]:

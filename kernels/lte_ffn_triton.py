@@ -61,13 +61,14 @@ def _route(
 
 
 @triton.jit
-def _compact(mask, index, count, N, BN: tl.constexpr):  # type: ignore[no-untyped-def]
-    t = tl.program_id(0)
-    e = tl.arange(0, BN)
-    on = tl.load(mask + t * N + e, mask=e < N, other=0).to(tl.int32)
+def _compact(mask, index, count, LENGTH, ROW, ITEM, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Set places of each row of a mask in front, and how many; rows lie ROW, items ITEM apart."""
+    row = tl.program_id(0)
+    item = tl.arange(0, BLOCK)
+    on = tl.load(mask + row * ROW + item * ITEM, mask=item < LENGTH, other=0).to(tl.int32)
     place = tl.cumsum(on, 0) - 1
-    tl.store(index + t * N + place, e, mask=on != 0)
-    tl.store(count + t, tl.sum(on, 0))
+    tl.store(index + row * LENGTH + place, item, mask=on != 0)
+    tl.store(count + row, tl.sum(on, 0))
 
 
 @triton.jit
@@ -113,16 +114,6 @@ def _down(act, w_out, part, index, count, D, N, S: tl.constexpr, E: tl.constexpr
         w = tl.load(w_out + rows[:, None] * D + columns[None, :], mask=inside, other=0.0)
         total += tl.sum(w.to(tl.float32) * a[:, None], axis=0)
     tl.store(part + (t * S + split) * D + columns, total, mask=columns < D)
-
-
-@triton.jit
-def _lists(mask, tokens, counts, T, N, BT: tl.constexpr):  # type: ignore[no-untyped-def]
-    e = tl.program_id(0)
-    t = tl.arange(0, BT)
-    on = tl.load(mask + t * N + e, mask=t < T, other=0).to(tl.int32)
-    place = tl.cumsum(on, 0) - 1
-    tl.store(tokens + e * T + place, t, mask=on != 0)
-    tl.store(counts + e, tl.sum(on, 0))
 
 
 @triton.jit
@@ -255,7 +246,8 @@ def _few(
     count = torch.empty(tokens, dtype=torch.int32, device=x.device)
     act = torch.empty(tokens, experts, size, dtype=torch.float32, device=x.device)
     part = torch.empty(tokens, SPLITS, hidden, dtype=torch.float32, device=x.device)
-    _compact[(tokens,)](mask, index, count, experts, triton.next_power_of_2(experts))
+    block = triton.next_power_of_2(experts)
+    _compact[(tokens,)](mask, index, count, experts, experts, 1, block)
     _gate_up[(tokens, experts)](
         x, w_in, w_in if bias is None else bias, act, index, count, hidden, neurons, experts,
         len(w_in) != neurons, bias is not None, kind, size, 128,
@@ -275,7 +267,8 @@ def _grouped(
     act = torch.empty(tokens, neurons, dtype=x.dtype, device=x.device)
     part = torch.empty(SPLITS, tokens, hidden, dtype=torch.float32, device=x.device)
     tiles = triton.cdiv(tokens, TILE)
-    _lists[(experts,)](mask, lists, counts, tokens, experts, triton.next_power_of_2(tokens))
+    block = triton.next_power_of_2(tokens)
+    _compact[(experts,)](mask, lists, counts, tokens, 1, experts, block)
     _grouped_up[(experts, tiles)](
         x, w_in, w_in if bias is None else bias, act, lists, counts, tokens, hidden, neurons,
         len(w_in) != neurons, bias is not None, kind, size, TILE, 64,

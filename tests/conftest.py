@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from actors.session import Session, SessionConfig
+from jobs.bench.cluster.nodes import own_home
 from raysys import machine
 
 # In CI the same examples on every run: a landing must not depend on luck. Elsewhere new ones.
@@ -86,28 +86,13 @@ def _named(actors: list[dict[str, str]]) -> set[tuple[str, str]]:
     return {(actor["name"], actor["namespace"]) for actor in actors}
 
 
-def _isolated(home: Path) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    return {
-        **kept,
-        "HOME": str(home),
-        # As after `source .venv/bin/activate`: a job's entrypoint says just "python".
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "RAY_AUTH_TOKEN": secrets.token_hex(16),
-        "RAY_AUTH_MODE": "token",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",
-        "RAYSYS_HOME": str(machine.cache_dir()),
-    }
-
-
 @pytest.fixture(scope="session")
 def isolate() -> Callable[[Path], dict[str, str]]:
     """Makes the environment of a process that starts or joins a head of its own.
 
     It has a home, an address and a token that no other cluster on the machine knows.
     """
-    return _isolated
+    return own_home
 
 
 @pytest.fixture
@@ -115,4 +100,4 @@ def isolated_environment(tmp_path: Path) -> dict[str, str]:
     """Such an environment with the test's own folder as home."""
     home = tmp_path / "home"
     home.mkdir()
-    return _isolated(home)
+    return own_home(home)

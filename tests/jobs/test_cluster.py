@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.bench.cluster.nodes import free_ports
 from raysys import machine
 
 ROOT = machine.app_root()
@@ -42,15 +42,6 @@ class Head:
             check=False,
             timeout=timeout_s,
         )
-
-
-def free_ports(count: int) -> list[int]:
-    """Distinct ports that are free now."""
-    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in servers]
-    for server in servers:
-        server.close()
-    return ports
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from actors.fiited.scoring import ClickModel, ScoringEndpoint
+from jobs.bench.inputs import write_clicks
 from jobs.embed.__main__ import command_line
 from jobs.embed.config import TrainConfig
 from jobs.embed.train import make_trainer
@@ -27,16 +27,8 @@ SMALL = ["--set", "batch=128", "--set", "window=5", "--set", "rows=500", "--set"
 @pytest.fixture(scope="module")
 def clicks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """6,000 rows whose label depends on two ids and a dense feature."""
-    rng = np.random.default_rng(0)
-    user, item = np.minimum(rng.zipf(1.3, (2, 6000)), 400)
-    price = rng.normal(size=6000)
-    logit = np.sin(user * 1.7) * 1.5 + np.cos(item * 2.3) * 1.5 + price
-    label = (rng.random(6000) < 1 / (1 + np.exp(-logit))).astype(np.int64)
-    table = pa.table(
-        {"label": label, "user": user, "item": [f"i{i}" for i in item], "price": price}
-    )
     path = tmp_path_factory.mktemp("clicks") / "clicks.parquet"
-    pq.write_table(table, path)
+    write_clicks(path, 6000, 400)
     return path
 
 

@@ -11,6 +11,7 @@ import torch
 
 from actors.session import Session
 from jobs import launcher
+from jobs.bench.inputs import write_language_model
 from jobs.lte.__main__ import command_line as lte
 
 TEXT = ["text.corpus=folder", "text.tokens=bytes", "text.seq_len=16", "text.held_out=4"]
@@ -19,17 +20,7 @@ STAGE = ["stage.steps=4", "stage.batch=2"]
 
 @pytest.fixture
 def dense(tmp_path: Path) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, tie_word_embeddings=True, eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
-    (tmp_path / "text").mkdir()
-    for index in range(12):
-        (tmp_path / "text" / f"{index}.txt").write_text(f"the {index} quick brown foxes " * 12)
+    write_language_model(tmp_path / "dense", tmp_path / "text")
     return tmp_path / "dense"
 
 

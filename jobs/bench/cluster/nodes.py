@@ -7,6 +7,7 @@ import dataclasses
 import multiprocessing
 import os
 import secrets
+import shlex
 import shutil
 import socket
 import sys
@@ -17,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jobs.submit import EXCLUDES
+from jobs.submit import send
 from raysys import machine
 from raysys.errors import RemoteError
 
@@ -52,15 +53,8 @@ class NodeCluster:
         self._client = JobSubmissionClient(dashboard)
 
     def submit(self, words: Sequence[str]) -> str:
-        """Submit ``python -m jobs.NAME ARGUMENTS`` as ``ray job submit`` does; return its id."""
-        import shlex
-
-        return str(
-            self._client.submit_job(
-                entrypoint=shlex.join(["python", "-m", *words]),
-                runtime_env={"working_dir": str(machine.app_root()), "excludes": EXCLUDES},
-            )
-        )
+        """Submit ``python -m jobs.NAME ARGUMENTS`` as ``raysys submit`` does; return its id."""
+        return send(self._client, shlex.join(["python", "-m", *words]), words[0])
 
     def status(self, job: str) -> str:
         """Ray's word for the state of a job."""
@@ -144,7 +138,7 @@ def in_own_home(function: Callable[..., T], *arguments: Any) -> T:
     spawn = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
-            with _environment(home):
+            with _environment(own_home(home)):
                 future = pool.submit(function, *arguments)
             return future.result()
     finally:
@@ -160,22 +154,27 @@ def free_ports(count: int) -> list[int]:
         return [server.getsockname()[1] for server in servers]
 
 
-@contextlib.contextmanager
-def _environment(home: Path) -> Iterator[None]:
-    """The environment of such a process, while it starts."""
-    before = dict(os.environ)
-    for name in [name for name in os.environ if name.startswith("RAY_")]:
-        del os.environ[name]
-    os.environ |= {
-        # A job's entrypoint says "python": it must be this one.
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{before['PATH']}",
+def own_home(home: Path) -> dict[str, str]:
+    """The environment of a process that no other cluster of the machine can meet."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return {
+        **kept,
         "HOME": str(home),
-        "RAYSYS_HOME": str(machine.cache_dir()),
-        "RAY_AUTH_MODE": "token",
+        # As after `source .venv/bin/activate`: a job's entrypoint says just "python".
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
+        "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
+        "RAYSYS_HOME": str(machine.cache_dir()),
     }
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(variables)
     try:
         yield
     finally:

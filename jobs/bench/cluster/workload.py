@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
 
 from jobs.bench.cluster.nodes import free_ports
+from jobs.bench.inputs import write_clicks, write_language_model
 
 CLICKS = 6_000
 
@@ -77,7 +76,7 @@ def _training(folder: Path) -> list[Submission]:
 
 def _embed(folder: Path) -> list[Submission]:
     clicks, run, model = folder / "clicks.parquet", folder / "embed", folder / "embed-model"
-    _write_clicks(clicks)
+    write_clicks(clicks, CLICKS, 400)
     (port,) = free_ports(1)
     settings = {"batch": 128, "window": 5, "rows": 500, "save_every": 2}
     parallel = {**settings, "data": clicks, "interval": 10, "workers": 2, "shards": 2}
@@ -96,7 +95,7 @@ def _embed(folder: Path) -> list[Submission]:
 
 def _lte(folder: Path) -> list[Submission]:
     dense, text = folder / "dense", folder / "text"
-    _write_language_model(dense, text)
+    write_language_model(dense, text)
     start, trained = folder / "lte-0", folder / "lte-1"
     corpus = {
         "text.corpus": "folder", "text.folder": text, "text.tokens": "bytes", "text.seq_len": 16,
@@ -200,36 +199,8 @@ def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _write_clicks(path: Path) -> None:
-    """Clicks whose label depends on two ids and a dense feature."""
-    rng = np.random.default_rng(0)
-    user, item = np.minimum(rng.zipf(1.3, (2, CLICKS)), 400)
-    price = rng.normal(size=CLICKS)
-    logit = np.sin(user * 1.7) * 1.5 + np.cos(item * 2.3) * 1.5 + price
-    label = (rng.random(CLICKS) < 1 / (1 + np.exp(-logit))).astype(np.int64)
-    columns = {"label": label, "user": user, "item": [f"i{i}" for i in item], "price": price}
-    pq.write_table(pa.table(columns), path)
-
-
-def _write_language_model(dense: Path, text: Path) -> None:
-    """A language model over bytes with two tiny layers, and a few documents."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, tie_word_embeddings=True, eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(dense)
-    text.mkdir()
-    for index in range(12):
-        (text / f"{index}.txt").write_text(f"the {index} quick brown foxes " * 12)
-
-
 def _write_step_log(path: Path) -> None:
     """Steps of an engine of known cost, two per cent noise."""
-    import json
-
     rng = np.random.default_rng(1)
     lines = []
     for step in range(400):

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.bench.faults.program import Program, newer_file, shoot, titled
+from jobs.bench.inputs import write_clicks, write_language_model
 from raysys import machine
 from raysys.bench import Claim, Profile
 from raysys.errors import RemoteError
@@ -55,7 +55,7 @@ def fiited(profile: Profile) -> Claim:
     def settings(base: Path, folder: Path) -> list[str]:
         path = base / "clicks.parquet"
         if not path.exists():
-            _write_clicks(path)
+            write_clicks(path, CLICKS, 2000)
         return [f"data={path}", "batch=64", "window=20", "rows=2000", "save_every=2"]
 
     def digest(folder: Path) -> str:
@@ -167,31 +167,9 @@ def _of_tensors(state: Any) -> str:
     return found.hexdigest()
 
 
-def _write_clicks(path: Path) -> None:
-    """Rows whose label depends on two ids and a dense feature."""
-    rng = np.random.default_rng(0)
-    user, item = np.minimum(rng.zipf(1.3, (2, CLICKS)), 2000)
-    price = rng.normal(size=CLICKS)
-    logit = np.sin(user * 1.7) * 1.5 + np.cos(item * 2.3) * 1.5 + price
-    label = (rng.random(CLICKS) < 1 / (1 + np.exp(-logit))).astype(np.int64)
-    table = {"label": label, "user": user, "item": [f"i{i}" for i in item], "price": price}
-    pq.write_table(pa.table(table), path)
-
-
 def _write_model(base: Path) -> None:
     """A tiny language model with experts, and a little text."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, tie_word_embeddings=True, eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(base / "dense")
-    (base / "text").mkdir()
-    for index in range(12):
-        (base / "text" / f"{index}.txt").write_text(f"the {index} quick brown foxes " * 12)
+    write_language_model(base / "dense", base / "text")
     given = [f"model={base / 'dense'}", f"out={base / 'lte'}", "options.expert_size=8"]
     words = [word for one in given for word in ("--set", one)]
     command = [sys.executable, "-m", "jobs.lte", "convert", "--run-dir", str(base / "convert")]
