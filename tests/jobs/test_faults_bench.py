@@ -13,7 +13,7 @@ from jobs.bench import faults
 from jobs.bench.faults import processes
 from jobs.bench.faults.endpoint import outcomes
 from jobs.bench.faults.plan import Blow, Tally, draw_blows
-from jobs.bench.faults.program import newer_file
+from jobs.bench.faults.program import Program, newer_file, shoot
 from raysys.errors import ConfigError
 
 SLEEPER = "import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
@@ -76,6 +76,16 @@ def test_descendants_are_found_by_title_and_killed() -> None:
     finally:
         root.kill()
         root.communicate()
+
+
+def test_a_program_that_fails_undisturbed_is_a_failed_claim(tmp_path: Path) -> None:
+    program = Program(
+        system="none", words=("jobs.bench", "nosuch"), settings=lambda folder: (), victims={},
+        sign=newer_file("*"), digest=lambda folder: "",
+    )  # fmt: skip
+    tally = shoot(program, tmp_path, seed=1, trials=1, each=1)
+    assert tally.held() == 0.0
+    assert "exit code 2" in tally.trials[0]["undisturbed"]
 
 
 def test_only_files_after_the_start_are_signs_of_work(tmp_path: Path) -> None:

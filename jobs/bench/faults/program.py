@@ -207,9 +207,17 @@ def disturb(
 
 
 def shoot(program: Program, folder: Path, seed: int, trials: int, each: int) -> Tally:
-    """Run once undisturbed, then ``trials`` times under ``each`` blows."""
+    """Run once undisturbed, then ``trials`` times under ``each`` blows.
+
+    Where already the undisturbed run fails nothing counts, so the share is 0.0, and the books say
+    why; other claims go on.
+    """
     tally = Tally()
-    expected, work_s = undisturbed(program, folder / "undisturbed")
+    try:
+        expected, work_s = undisturbed(program, folder / "undisturbed")
+    except RemoteError as error:
+        tally.trials.append({"kills": {}, "held": False, "undisturbed": str(error)})
+        return tally
     blows = draw_blows(seed, program.system, program.kinds(), trials * each)
     rng = random.Random(f"{seed}:{program.system}:which")
     for trial in range(trials):
