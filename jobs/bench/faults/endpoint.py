@@ -29,7 +29,7 @@ SEED = 14
 START_S = 540.0
 BURST_S = 4.0
 STREAMS = 4
-VICTIMS = {"engine": r"EngineCore", "replica": r"^ray::ServeReplica.*LLMServer"}
+VICTIMS = {"engine": r"EngineCore", "replica": r"^ray::ServeReplica.*QoEServer"}
 SETTINGS = ("engine.max_model_len=256", "engine.max_num_seqs=8", "engine.kv_tokens=2048")
 PROMISE = "every stream ends answered or with an error that is told, and the victim is replaced"
 
