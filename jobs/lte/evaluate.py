@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,24 +90,23 @@ def run(config: Config, context: JobContext) -> Summary:
     ]
     speed = _speed(config, found)
     context.run.write_json("result.json", {"rows": rows, "rivals": rivals, "decoding": speed})
-    headers = ["threshold offset", "nats", "perplexity", "FFN sparsity", "GiFLOPs", "with head"]
-    cells = [
-        ["all experts on" if row["offset"] is None else f"{row['offset']:g}", f"{row['nll']:.4f}",
-         f"{row['perplexity']:.2f}", f"{row['sparsity']:.1%}", f"{row['gflops']:.4f}",
-         f"{row['gflops_total']:.4f}"]
-        for row in rows
-    ]  # fmt: skip
-    cells += [
-        [row["method"], f"{row['nll']:.4f}", f"{row['perplexity']:.2f}", f"{row['sparsity']:.1%}",
-         f"{row['gflops']:.4f}", f"{row['gflops_total']:.4f}"]
-        for row in rivals
-    ]  # fmt: skip
+    headers = [
+        "threshold offset or method",
+        "nats",
+        "perplexity",
+        "FFN sparsity",
+        "GiFLOPs",
+        "with head",
+    ]
+    cells = [[_label(row["offset"]), *_figures(row)] for row in rows]
+    cells += [[row["method"], *_figures(row)] for row in rivals]
     layers = {f"offset {row['offset']:g}": row["sparsity_per_layer"] for row in rows[1:]}
     quality = [("LTE", row["sparsity"], row["nll"]) for row in rows]
     quality += [(row["method"], row["sparsity"], row["nll"]) for row in rivals]
     plots = [
         Plot(title="Quality against sparsity", figure=quality_figure(quality),
-             caption="Held-out text. LTE: one point per threshold offset, and all experts on."),
+             caption="Held-out text. LTE: one point per threshold offset, and all experts on. "
+             "keep_largest and expert_oracle are oracles: they see the true activations."),
         Plot(title="Sparsity of each layer", caption="Held-out text.",
              figure=layer_figure(layers)),
     ]  # fmt: skip
@@ -119,6 +118,17 @@ def run(config: Config, context: JobContext) -> Summary:
         lines=[" | ".join(headers), *[" | ".join(c) for c in cells], *_speed_lines(speed)],
         report="report.html",
     )
+
+
+def _label(offset: float | None) -> str:
+    return "all experts on" if offset is None else f"{offset:g}"
+
+
+def _figures(row: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{row['nll']:.4f}", f"{row['perplexity']:.2f}", f"{row['sparsity']:.1%}",
+        f"{row['gflops']:.4g}", f"{row['gflops_total']:.4g}",
+    ]  # fmt: skip
 
 
 def text_sample(train: TokenBlocks, batch: int) -> list[Batch]:

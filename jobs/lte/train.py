@@ -91,7 +91,7 @@ def _sections(config: Config, result: dict[str, Any]) -> list[Section]:
             lead=f"Stage {config.stage.stage}, {config.stage.steps} steps.",
             plots=[
                 Plot(
-                    title="Loss and sparsity over training",
+                    title="Perplexity and sparsity over training",
                     caption="Held-out text, hard selection.",
                     figure=curve_figure(result["curve"]),
                 ),
