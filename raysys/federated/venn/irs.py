@@ -66,7 +66,7 @@ class _Group:
     """A group while the plan is made.
 
     ``sums`` are running sums of sizes in service order, over all groups; the group's own are those
-    from ``first`` on, less ``before``.
+    from ``first`` on, less ``before``. ``demand`` is the sum of the sizes of its jobs.
     """
 
     index: int
@@ -79,11 +79,10 @@ class _Group:
     atoms: int
     owned: int = 0
     allocated: float = 0.0
+    demand: float = field(init=False)
 
-    @property
-    def demand(self) -> float:
-        """Sum of the sizes of its jobs."""
-        return self.sums[self.first + self.count - 1] - self.before
+    def __post_init__(self) -> None:
+        self.demand = self.sums[self.first + self.count - 1] - self.before
 
     def served_within(self, demand: float) -> int:
         """Jobs at its head whose running sum stays below ``demand``."""
@@ -106,12 +105,12 @@ class IRS:
         if len(requests) > COLUMNS_ABOVE and not self.config.eps:
             return self._plan_many(requests, supply)
         order, sizes, groups = self._groups(requests, supply, now_s)
-        owner = self._split(groups, supply)
+        owner, scarcity = self._split(groups, supply)
         yields = self.config.yield_factor is not None
         return GroupedPlan(
             order=order,
             owner=owner,
-            scarcity=[group.index for group in _scarce_first(groups)],
+            scarcity=scarcity,
             masks=supply.masks,
             allocated={group.index: group.allocated for group in groups},
             sizes=sizes if yields else {},
@@ -139,12 +138,12 @@ class IRS:
             rate, atoms = supply.group_rates[index], supply.group_atoms[index]
             count = high - low
             groups.append(_Group(index, count, sums, low, before, float(count), rate, atoms))
-        owner = self._split(groups, supply)
+        owner, scarcity = self._split(groups, supply)
         return ColumnPlan(
             rows,
             spans,
             owner,
-            [group.index for group in _scarce_first(groups)],
+            scarcity,
             {group.index: group.allocated for group in groups},
             sizes,
         )
@@ -164,16 +163,16 @@ class IRS:
             yield_factor=self.config.yield_factor,
         )
 
-    def _split(self, groups: list[_Group], supply: SupplyView) -> list[int]:
-        """Steps 2 and 3: the owner of every atom."""
-        scarce_first = _scarce_first(groups)
+    def _split(self, groups: list[_Group], supply: SupplyView) -> tuple[list[int], list[int]]:
+        """Steps 2 and 3: the owner of every atom, and the groups from the scarcest on."""
+        scarce_first = sorted(groups, key=lambda group: (group.supply, group.index))
         _first_split(scarce_first, supply)
         self._exchange(scarce_first[::-1], supply)
         owner = [-1] * len(supply.masks)
         for group in groups:
             for atom in _bits(group.owned):
                 owner[atom] = group.index
-        return owner
+        return owner, [group.index for group in scarce_first]
 
     def demand_of(
         self, request: Request, supply: SupplyView, competitors: int, now_s: float
@@ -217,9 +216,10 @@ class IRS:
         for place, group in enumerate(abundant_first):
             if group.allocated <= 0:
                 continue
+            atoms, supply_rate = group.atoms, group.supply
             for scarce in abundant_first[place + 1 :]:
-                take = scarce.owned & group.atoms
-                if not take or scarce.supply >= group.supply:
+                take = scarce.owned & atoms
+                if not take or scarce.supply >= supply_rate:
                     continue
                 waiting = self._affected(group, scarce)
                 scarce_pressure = scarce.queue / max(scarce.allocated, TINY_RATE)
@@ -242,10 +242,6 @@ class IRS:
             return group.queue
         delayed = max(group.served_within(limit), 1)
         return group.queue * delayed / group.count
-
-
-def _scarce_first(groups: Sequence[_Group]) -> list[_Group]:
-    return sorted(groups, key=lambda group: (group.supply, group.index))
 
 
 def _first_split(scarce_first: list[_Group], supply: SupplyView) -> None:
