@@ -191,6 +191,29 @@ fiited::i64 fiited_queue(void* raw, fiited::i32 set, fiited::Candidate* items, f
     return i64(s.queue.size());
   });
 }
+// What only the record needs: totals[11], HyperLogLog registers [tables][4096], signatures[4096] of
+// rows that lost chunks lately. `set` = 0 reads, 1 writes.
+fiited::i64 fiited_history(void* raw, fiited::i32 set, fiited::i64* totals, fiited::u8* registers, fiited::u32* signatures) {
+  using namespace fiited;
+  return guarded(raw, [&](Handle&, Store& s) -> i64 {
+    if (!s.sketch) return kBadArgument;
+    Counters& n = s.n;
+    i64* const mine[] = {&n.admitted, &n.removed, &n.grown, &n.evicted, &n.refused, &n.regret, &n.nonfinite,
+                         &n.lookups, &n.hits, &s.sketch->hits_, &s.sketch->misses_};
+    for (i64* one : mine) {
+      if (set) *one = *totals++;
+      else *totals++ = *one;
+    }
+    for (std::vector<u8>& table : s.registers) {
+      if (set) std::copy(registers, registers + table.size(), table.begin());
+      else std::copy(table.begin(), table.end(), registers);
+      registers += table.size();
+    }
+    if (set) std::copy(signatures, signatures + s.evicted_lately.size(), s.evicted_lately.begin());
+    else std::copy(s.evicted_lately.begin(), s.evicted_lately.end(), signatures);
+    return kOk;
+  });
+}
 // Chunks alive on other shards, at load time.
 fiited::i64 fiited_elsewhere(void* raw, fiited::i64 chunks) {
   using namespace fiited;

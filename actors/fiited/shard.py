@@ -98,10 +98,11 @@ class EmbeddingShard:
 
     async def stats(self) -> dict[str, Any]:
         """Counters of the store and of the wire, and requests per bucket."""
-        from raysys.training.fiited.metrics import statistics
+        from raysys.training.fiited.metrics import sightings, statistics
 
+        store = self._core.store
         return {
-            **statistics(self._core.store), **self._core.counters,
+            **statistics(store), **sightings(store), **self._core.counters,
             "exchange": self._core.done, "loads": self._core.loads,
         }  # fmt: skip
 

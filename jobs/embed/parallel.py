@@ -27,6 +27,7 @@ from raysys.config import config_from_dict, config_to_dict
 from raysys.errors import RemoteError
 from raysys.runs import RunDirectory
 from raysys.training.fiited.clicks import Clicks
+from raysys.training.fiited.metrics import group_statistics
 from raysys.training.fiited.trainer import StreamTrainer, Window
 
 
@@ -93,6 +94,7 @@ class Rank:
         model = DistributedDataParallel(net) if world > 1 else net
         self.trainer = StreamTrainer(self.embedding, model, lr=config.dense_lr)
         self.pending: Any = None
+        self.wire_before: dict[str, int] | None = None
 
     def run(self) -> None:
         """Train to the end of the log; the last gradients are sent before the last save."""
@@ -125,6 +127,8 @@ class Rank:
 
     def _maybe_save(self) -> None:
         """Between the exchange and the step: every so many windows a save begins or ends."""
+        if self.wire_before is not None:  # the save has counted the exchange that was repeated
+            self.embedding.wire_bytes, self.wire_before = self.wire_before, None
         step, every = self.trainer.step_number, self.config.window * self.config.save_every
         if step and step % every == 0:
             self._save()
@@ -142,6 +146,7 @@ class Rank:
         folder = partial_folder(self.root, exchange)
         folder.mkdir(parents=True, exist_ok=True)
         state = self.trainer.state_dict() | {"model": self.net.state_dict()}
+        state["wire"] = dict(self.embedding.wire_bytes)
         (folder / DENSE).write_bytes(to_bytes(state))
 
     def _end_save(self) -> None:
@@ -160,6 +165,7 @@ class Rank:
         self.trainer.optimizer.load_state_dict(state["optimizer"])
         self.trainer.drift.state = list(state["drift"])
         self.trainer.step_number = int(state["step"])
+        self.wire_before = state.get("wire")
 
     def _end_window(self, window: Window) -> None:
         """Rank 0 notes the window over all ranks' samples."""
@@ -178,18 +184,25 @@ class Rank:
         stats = group_stats(self.group)
         wire = self.embedding.wire_bytes
         row = summary | {"step": float(self.trainer.step_number), "drift": float(drifted)}
-        row |= {name: stats[name] for name in ("rho", "rho_bytes", "mapped_bytes", "rows", "alive")}
+        names = (
+            "rho",
+            "rho_bytes",
+            "mapped_bytes",
+            "rows",
+            "alive",
+            "grown",
+            "evicted",
+            "hit_rate",
+        )
+        row |= {name: stats[name] for name in names}
         row |= {"wire_out_bytes": float(wire["out"]), "wire_in_bytes": float(wire["in"])}
         self.run_directory.append_rows("windows", [row])
 
 
 def group_stats(group: ShardGroup) -> dict[str, float]:
-    """Figures over all shards; ratios weighted by the rows that the shards saw."""
+    """Figures over all shards, and how unequal their traffic is."""
     found = group.stats()
-    total = {name: float(sum(s[name] for s in found)) for name in ("mapped_bytes", "rows", "alive")}
-    seen = sum(s["rows_seen"] for s in found) or 1.0
-    for name in ("rho", "rho_bytes"):
-        total[name] = float(sum(s[name] * s["rows_seen"] for s in found) / seen)
+    total = group_statistics(group.config, group.tables, found)
     loads = [float(s["loads"].sum()) for s in found]
     total["load_max_over_mean"] = max(loads) / max(sum(loads) / len(loads), 1.0)
     return total

@@ -16,7 +16,7 @@ def write_report(run: RunDirectory, result: dict[str, Any]) -> list[str]:
     Returns:
         The result in a few lines.
     """
-    windows = run.read_table("windows").to_pylist()
+    windows = read_windows(run)
     late = windows[-max(1, len(windows) // 5) :]
     weight = sum(w["samples"] for w in late)
     stats = result["stats"]
@@ -44,6 +44,13 @@ def write_report(run: RunDirectory, result: dict[str, Any]) -> list[str]:
     page = render_page("Click model with rows of fitting length", " ".join(lines), sections)
     run.storage.write(REPORT, page.encode())
     return lines
+
+
+def read_windows(run: RunDirectory) -> list[dict[str, Any]]:
+    """The windows in order; those that a resumed run went through again count once, the later."""
+    rows = run.read_table("windows").to_pylist()
+    by_step = {row["step"]: row for row in rows}
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def _quality_plot(windows: list[dict[str, Any]]) -> Plot:

@@ -18,6 +18,7 @@ PINNED = 0x8000
 ALIVE_MASK = 0x7FFF
 BINS = 32768
 BUCKETS = 4096
+HISTORY = 11  # totals of fiited_history
 
 LAYOUTS = {"slabs": 0, "chunked": 1, "dense": 2}
 OPTIMIZERS = {"sgd": 0, "rowwise_adagrad": 1, "adagrad": 2, "adam": 3}

@@ -15,6 +15,7 @@ from actors.fiited.scoring import ClickModel, ScoringEndpoint
 from jobs.bench.inputs import write_clicks
 from jobs.embed.__main__ import command_line
 from jobs.embed.config import TrainConfig
+from jobs.embed.report import read_windows
 from jobs.embed.train import make_trainer
 from raysys import machine
 from raysys.errors import ConfigError, DataError, InterruptedRunError
@@ -70,11 +71,14 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
     assert ours["steps"] == whole["steps"]
     assert ours["rows"] == whole["rows"]
     assert ours["alive"] == whole["alive"]
-    last = [
-        RunDirectory.open(str(r)).read_table("windows").to_pylist()[-1]["auc"]
+    names = ("step", "auc", "rho", "rows", "alive", "grown", "evicted", "hit_rate", "samples")
+    found = [
+        [{name: row[name] for name in names} for row in read_windows(RunDirectory.open(str(r)))]
         for r in (run, trained)
     ]
-    assert last[0] == last[1]
+    assert found[0] == found[1]
+    assert ours["rho"] == whole["rho"]
+    assert found[0][-1]["evicted"] > 0
 
 
 @pytest.mark.parametrize("values", ["fp32", "int8"])

@@ -169,6 +169,7 @@ def _clock(engine: NativeEngine) -> Arrays:
         "window": window,
         "sketch": engine.sketch(),
         "queue": engine.queue().view(np.uint8),
+        **{name: array.reshape(-1) for name, array in engine.history().items()},
     }
 
 
@@ -361,6 +362,20 @@ def _set_clock(
     mine = owned[(queue["key"] >> np.uint64(52)).astype(np.int64)] > 0
     engine.set_queue(np.ascontiguousarray(queue[mine]))
     store.resume_at(int(first["integers"][0]))
+    if all("totals" in clock for clock in clocks):  # absent in older ones: counts begin here
+        _set_history(engine, clocks, owned)
+
+
+def _set_history(engine: NativeEngine, clocks: list[Arrays], owned: npt.NDArray[np.uint8]) -> None:
+    """Counts of every old shard go to one new shard, so that their sums stay what they were."""
+    mine = [c for i, c in enumerate(clocks) if owned[i * abi.BUCKETS // len(clocks)]]
+    totals = np.sum([c["totals"] for c in mine], axis=0, dtype=np.int64) if mine else 0
+    signatures = np.maximum.reduce([clock["signatures"] for clock in clocks])
+    engine.set_history(
+        np.broadcast_to(totals, abi.HISTORY).copy(),
+        np.maximum.reduce([clock["registers"] for clock in clocks]),  # sketches of a union
+        np.where(owned, signatures, np.uint32(0)),
+    )
 
 
 def _native(store: FiitedStore) -> NativeEngine:

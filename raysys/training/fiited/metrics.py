@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from raysys.training.fiited.config import FiitedConfig, TableSpec
 from raysys.training.fiited.store import FiitedStore
 
 
@@ -29,18 +31,52 @@ def statistics(store: FiitedStore) -> dict[str, float]:
     }
     if store.dense:
         return result
-    chunks = full_bytes = rows_seen = 0.0
-    for index, table in enumerate(store.tables):
-        seen = seen_rows(store, index)
-        k = table.dim // store.config.chunk
-        rows_seen += seen
-        chunks += seen * k
-        full_bytes += seen * full_row_bytes(store, table.dim)
-        if table.virtual_rows:
-            pairs = seen * (seen - 1) / (2 * table.virtual_rows)
-            result["collisions"] = result.get("collisions", 0.0) + pairs
-    result["rows_seen"] = rows_seen
-    result["rho"] = 1 - counters["alive"] / chunks if chunks else 0.0
+    return result | _ratios(
+        store.config, store.tables, seen_by_table(store), counters["alive"], mapped
+    )
+
+
+def group_statistics(
+    config: FiitedConfig, tables: tuple[TableSpec, ...], parts: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """The same over the shards of one group, each with :func:`statistics` and :func:`sightings`.
+
+    Rows seen are estimated from the union of the shards' registers: after a change of the number
+    of shards several of them may know the same row.
+    """
+    names = ("mapped_bytes", "rows", "alive", "grown", "evicted", "lookups", "hits")
+    total = {name: float(sum(part[name] for part in parts)) for name in names}
+    registers = np.maximum.reduce([part["registers"] for part in parts])
+    resident = np.sum([part["resident"] for part in parts], axis=0)
+    seen = [max(hyperloglog(r), float(n)) for r, n in zip(registers, resident)]
+    total["hit_rate"] = total["hits"] / max(total["lookups"], 1)
+    return total | _ratios(config, tables, seen, total["alive"], total["mapped_bytes"])
+
+
+def sightings(store: FiitedStore) -> dict[str, npt.NDArray[Any]]:
+    """HyperLogLog registers [tables, 4096] of rows seen, and resident rows [tables]."""
+    tables = range(len(store.tables))
+    return {
+        "registers": np.stack([store.engine.rows_seen(table) for table in tables]),
+        "resident": store.engine.shape()[0].sum(axis=1),
+    }
+
+
+def _ratios(
+    config: FiitedConfig,
+    tables: tuple[TableSpec, ...],
+    seen: Sequence[float],
+    alive: float,
+    mapped: float,
+) -> dict[str, float]:
+    """Rows seen, both pruning ratios, and expected collisions where rows are folded."""
+    result = {"rows_seen": float(sum(seen))}
+    chunks = sum(n * (table.dim // config.chunk) for n, table in zip(seen, tables))
+    full_bytes = sum(n * full_row_bytes(config, table.dim) for n, table in zip(seen, tables))
+    folded = [(n, table.virtual_rows) for n, table in zip(seen, tables) if table.virtual_rows]
+    if folded:
+        result["collisions"] = sum(n * (n - 1) / (2 * rows) for n, rows in folded)
+    result["rho"] = 1 - alive / chunks if chunks else 0.0
     result["rho_bytes"] = 1 - mapped / full_bytes if full_bytes else 0.0
     return result
 
@@ -52,19 +88,19 @@ def mapped_bytes(store: FiitedStore) -> int:
     return int(sum(counters[name] for name in names))
 
 
-def full_row_bytes(store: FiitedStore, dim: int) -> int:
+def full_row_bytes(config: FiitedConfig, dim: int) -> int:
     """Bytes of an unpruned row with its optimizer state, without any index."""
-    rowwise = 4 if store.config.optimizer == "rowwise_adagrad" else 0
-    return dim * 4 * (1 + store.config.states) + rowwise
+    rowwise = 4 if config.optimizer == "rowwise_adagrad" else 0
+    return dim * 4 * (1 + config.states) + rowwise
 
 
-def seen_rows(store: FiitedStore, table: int) -> float:
-    """Estimated number of distinct rows of a table that ever arrived."""
-    lengths, _ = store.engine.shape()
-    resident = float(lengths[table].sum())
+def seen_by_table(store: FiitedStore) -> list[float]:
+    """Estimated number of distinct rows that ever arrived, per table."""
+    resident = store.engine.shape()[0].sum(axis=1)
     if not hasattr(store.engine, "rows_seen"):
-        return resident
-    return max(hyperloglog(store.engine.rows_seen(table)), resident)
+        return [float(n) for n in resident]
+    found = [hyperloglog(store.engine.rows_seen(t)) for t in range(len(store.tables))]
+    return [max(estimate, float(n)) for estimate, n in zip(found, resident)]
 
 
 def hyperloglog(registers: npt.NDArray[np.uint8]) -> float:

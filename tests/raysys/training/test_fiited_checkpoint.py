@@ -13,6 +13,7 @@ import pytest
 from raysys.errors import DataError, StorageError
 from raysys.training.fiited import checkpoint
 from raysys.training.fiited.config import FiitedConfig, TableSpec
+from raysys.training.fiited.metrics import sightings, statistics
 from raysys.training.fiited.store import FiitedStore
 
 TABLES = (TableSpec(name="a", dim=16, rows=400), TableSpec(name="b", dim=8, rows=90))
@@ -51,6 +52,61 @@ def test_resume_equals_no_interruption(tmp_path: Path, cadence: Any, shape: Any)
         train(store, 40, 70)
     assert one.engine.counters()["evicted"] > 0
     assert all(np.array_equal(a, b) for a, b in zip(state(one), state(other)))
+
+
+COUNTS = ("admitted", "removed", "grown", "evicted", "refused", "regret", "lookups", "hits")
+
+
+def counts(*stores: FiitedStore) -> dict[str, float]:
+    return {n: sum(s.engine.counters()[n] for s in stores) for n in COUNTS}
+
+
+def test_counts_go_on_after_a_resume(tmp_path: Path) -> None:
+    one = build()
+    train(one, 0, 40)
+    checkpoint.save(one, tmp_path / "c")
+    other = build()
+    checkpoint.load(other, tmp_path / "c")
+    for store in (one, other):
+        train(store, 40, 70)
+    assert counts(other) == counts(one)
+    assert counts(one)["regret"] > 0
+    ours, whole = statistics(other), statistics(one)
+    assert [ours[n] for n in ("rho", "hit_rate", "rows_seen", "sketch_hits")] == [
+        whole[n] for n in ("rho", "hit_rate", "rows_seen", "sketch_hits")
+    ]
+
+
+@pytest.mark.parametrize("old", [1, 2, 3])
+@pytest.mark.parametrize("new", [1, 2])
+def test_counts_of_a_group_survive_another_number_of_shards(old: int, new: int) -> None:
+    """Sums over shards stay, and rows that several shards know are not counted twice."""
+    stores = [build() for _ in range(old)]
+    for index, store in enumerate(stores):
+        train(store, 10 * index, 10 * index + 10)
+    seen = np.maximum.reduce([sightings(store)["registers"] for store in stores])
+    fresh = [build() for _ in range(new)]
+    for index, store in enumerate(fresh):
+        engine = store.engine
+        owned = np.arange(4096) * new // 4096 == index
+        clocks = [checkpoint._clock(s.engine) for s in stores]
+        checkpoint._set_history(engine, clocks, owned.astype(np.uint8))
+        assert np.array_equal(sightings(store)["registers"], seen)
+    assert counts(*fresh) == counts(*stores)
+
+
+def test_a_checkpoint_without_counts_still_loads(tmp_path: Path) -> None:
+    one = build()
+    train(one, 0, 20)
+    clock = checkpoint._clock(one.engine)
+    old = {n: a for n, a in clock.items() if n not in ("totals", "registers", "signatures")}
+    manifest = checkpoint._manifest(one, one.engine, {})
+    pieces = (checkpoint._part_arrays(one.engine, *p) for p in checkpoint._pieces(one.engine))
+    checkpoint._write(tmp_path / "c", manifest, pieces, old)
+    other = build()
+    checkpoint.load(other, tmp_path / "c")
+    assert all(np.array_equal(a, b) for a, b in zip(state(one), state(other)))
+    assert other.engine.counters()["lookups"] == 0
 
 
 def test_another_layout_and_a_smaller_budget_load(tmp_path: Path) -> None:

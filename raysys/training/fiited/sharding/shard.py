@@ -212,13 +212,14 @@ class ShardCore:
         """The remembered reply; after a restore the same one, from the same state."""
         self.counters["repeats"] += 1
         if request.worker not in self.replies:
-            self.replies[request.worker] = self._pull(request)
+            self.replies[request.worker] = self._pull(request, again=True)
         return self.replies[request.worker]
 
-    def _pull(self, request: Request) -> Reply:
+    def _pull(self, request: Request, *, again: bool = False) -> Reply:
+        """The rows asked for; ``again``: the save has counted these lookups already."""
         self.pulled[request.worker] = (request.keys, request.tables)
         np.add.at(self.loads, (request.keys >> np.uint64(52)).astype(np.int64), 1.0)
-        alive, values = self.store.engine.pull(request.keys, request.tables, True)
+        alive, values = self.store.engine.pull(request.keys, request.tables, not again)
         wire: Wire = self.shard.wire
         return Reply(request.step, pack_alive(alive, self.prefix), to_wire(values.copy(), wire))
 
