@@ -69,7 +69,7 @@ ELSEWHERE = {
 }
 # The shell's words that begin a command line of ours.
 STARTS = ("raysys", "python", "make", "ray", "serve", *{key.split()[0] for key in ELSEWHERE})
-FAMILIES = ("lte", "embed", "venn", "device", "coreset")
+FAMILIES = ("lte", "embed", "venn", "device", "coreset", "compose")
 RAYS = {"start", "stop", "job", "get-auth-token", "status", "memory", "up", "down", "dashboard"}
 
 

@@ -160,7 +160,9 @@ def _house(folder: Path) -> list[Submission]:
     _write_step_log(log)
     bench = ["jobs.bench", "venn", "--only", "plan_ms"]
     tour = ["jobs.tour", "--profile", "smoke", "--set", "stages=[fed_ensemble]"]
+    compose = {"rounds": 4, "hidden": [16], "clients": 20, "per_round": 5, "seeds": 2}
     return [
+        _submission("compose", "jobs.compose kgt_in_clients", compose, run=folder / "compose"),
         _submission("calibrate", "jobs.calibrate", {"log": log}),
         Submission(name="bench", words=bench),
         Submission(name="tour", words=[*tour, "--run-dir", str(folder / "tour")]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from jobs.bench.compose import fleet, frozen
 from raysys.bench import ClaimFunction
 
@@ -10,10 +12,7 @@ CONFIG = {
         "phones": fleet.PHONES_FULL, "online": fleet.ONLINE, "unit_s": fleet.UNIT_S,
         "policies": list(fleet.POLICIES), "use": list(fleet.USES),
     },
-    "kgt_in_clients": {
-        "hidden": list(frozen.HIDDEN), "clients": frozen.CLIENTS, "per_round": frozen.PER_ROUND,
-        "server_held": frozen.HELD,
-    },
+    "kgt_in_clients": dataclasses.asdict(frozen.Case(seed=0, rounds=60)),
 }  # fmt: skip
 
 CLAIMS: dict[str, ClaimFunction] = {

@@ -67,6 +67,11 @@ class Arm:
     rounds: int
     participants: int
 
+    def piece(self) -> Piece:
+        """The run, by itself."""
+        name = f"{self.policy}-{self.use}-{self.seed}"
+        return Piece(name, dataclasses.asdict(self), functools.partial(run_arm, self))
+
 
 def shared_fleet(profile: Profile) -> Claim:
     """Mean completion time of three jobs: random granting of greedy phones over Venn with Swan."""
@@ -78,12 +83,7 @@ def shared_fleet(profile: Profile) -> Claim:
         for policy in POLICIES
         for use in USES
     ]
-    pieces = [
-        Piece(f"{arm.policy}-{arm.use}-{arm.seed}", dataclasses.asdict(arm),
-              functools.partial(run_arm, arm))
-        for arm in arms
-    ]  # fmt: skip
-    rows = measure_pieces(profile.partial, pieces)
+    rows = measure_pieces(profile.partial, [arm.piece() for arm in arms])
     table = {
         f"{policy}+{use}": _mean([r for r in rows if (r["policy"], r["use"]) == (policy, use)])
         for policy in POLICIES
@@ -134,6 +134,7 @@ def run_arm(arm: Arm) -> dict[str, Any]:
         "policy": arm.policy,
         "use": arm.use,
         "seed": arm.seed,
+        "data": ", ".join(fedtrans_arena.data_sets()),
         "mean_completion_h": statistics.mean(one.completion_s for one in found) / 3600.0,
         "kilojoules": sum(one.joules for one in found) / 1000.0,
         "excluded": len(phones.excluded),

@@ -26,23 +26,37 @@ from raysys.federated.core.model import Mlp, ModelSpec
 from raysys.federated.core.partition import PartitionConfig, partition
 from raysys.federated.core.training import Samples
 
-HIDDEN = (128, 128, 128)
 LOCAL = LocalConfig(steps=20, batch_size=10, lr=0.05)
-CLIENTS, PER_ROUND, HELD = 100, 10, 128
 ARMS = ("fedavg", "kgt", "linear")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One seed of all arms.
+
+    Args:
+        hidden: widths of the MLP. clients, per_round: of the population, and of a round.
+        held: training samples that the server alone has. freeze: how it looks and decides.
+    """
+
+    seed: int
+    rounds: int
+    hidden: tuple[int, ...] = (128, 128, 128)
+    clients: int = 100
+    per_round: int = 10
+    held: int = 128
+    freeze: FreezeConfig = dataclasses.field(default_factory=FreezeConfig)
+
+    def piece(self) -> Piece:
+        """The run, by itself."""
+        key = dataclasses.asdict(self)
+        return Piece(f"frozen-{self.seed}", key, functools.partial(run_case, self))
 
 
 def kgt_in_clients(profile: Profile) -> Claim:
     """CPU time of plain federated averaging over that with KGT's freezing, median of seeds."""
     rounds, seeds = profile.pick((60, range(2)), (200, range(3)))
-    pieces = [
-        Piece(
-            f"frozen-{seed}",
-            {"seed": seed, "rounds": rounds, "freeze": dataclasses.asdict(FreezeConfig())},
-            functools.partial(run_seed, seed, rounds),
-        )
-        for seed in seeds
-    ]
+    pieces = [Case(seed=seed, rounds=rounds).piece() for seed in seeds]
     rows = measure_pieces(profile.partial, pieces)
     ratios = [row["fedavg"]["cpu_s"] / row["kgt"]["cpu_s"] for row in rows]
     fields = ("accuracy", "cpu_s", "bytes_up")
@@ -62,24 +76,26 @@ def kgt_in_clients(profile: Profile) -> Claim:
     )
 
 
-def run_seed(seed: int, rounds: int) -> dict[str, Any]:
-    """All arms on one population; the last ``HELD`` training samples are the server's alone."""
+def run_case(case: Case) -> dict[str, Any]:
+    """All arms on one population; the last ``held`` training samples are the server's alone."""
     torch.set_num_threads(1)
-    data = arena.load(arena.data_sets()[-1], seed)
-    sizes = (int(np.prod(data.inputs.shape[1:])), *HIDDEN, data.classes or 0)
+    name = arena.data_sets()[-1]
+    data = arena.load(name, case.seed)
+    sizes = (int(np.prod(data.inputs.shape[1:])), *case.hidden, data.classes or 0)
     everything = data.samples()
-    samples = Samples(everything.inputs[:-HELD], everything.targets[:-HELD])
-    scheme = PartitionConfig(scheme="dirichlet", clients=CLIENTS, alpha=0.5)
-    population = partition(data.targets[:-HELD], scheme, seed)
+    samples = Samples(everything.inputs[: -case.held], everything.targets[: -case.held])
+    scheme = PartitionConfig(scheme="dirichlet", clients=case.clients, alpha=0.5)
+    population = partition(data.targets[: -case.held], scheme, case.seed)
     spec = ModelSpec(architecture=Mlp(sizes=sizes))
-    held, found, schedule = everything.inputs[-HELD:], {}, [0] * rounds
+    held, schedule = everything.inputs[-case.held :], [0] * case.rounds
+    found: dict[str, Any] = {"seed": case.seed, "data": name}
     for arm in ARMS:
-        job = FrozenPrefixJob(sizes, LOCAL, PER_ROUND, population, samples, seed)
-        watch = PlasticityWatch(sizes, held, FreezeConfig())
+        job = FrozenPrefixJob(sizes, LOCAL, case.per_round, population, samples, case.seed)
+        watch = PlasticityWatch(sizes, held, case.freeze)
         if arm == "linear":
-            schedule = linear_schedule(sizes, rounds, sent_by(sizes, schedule))
+            schedule = linear_schedule(sizes, case.rounds, sent_by(sizes, schedule))
         sent = 0
-        for number in range(rounds):
+        for number in range(case.rounds):
             sent += job.round().bytes_up
             if arm == "kgt":
                 schedule[number] = watch.observe(number, job.weights)
