@@ -42,29 +42,35 @@ def kmeans(
     eight parts of a dozen points each were found too seldom for a split (one seed in three).
     """
     starts = starts or max(FEWEST_STARTS, 2 * k)
+    n = len(points_nD)
     centroids = _seed(points_nD, k, rng, starts)
-    labels = np.zeros((starts, len(points_nD)), dtype=np.int64)
-    for step in range(steps):
-        distance = _squared(points_nD, centroids)
-        found = distance.argmin(axis=2)
-        if step and np.array_equal(found, labels):
+    labels = np.full((n, starts), NONE)
+    moving = np.arange(starts)  # starts whose labels still change
+    for _ in range(steps):
+        flat = centroids[moving].reshape(-1, points_nD.shape[1])
+        # A point's own length shifts its distances alike.
+        gap = (flat**2).sum(axis=1) - 2 * (points_nD @ flat.T)
+        found = gap.reshape(n, len(moving), k).argmin(axis=2)
+        changed = (found != labels[:, moving]).any(axis=0)
+        if not changed.any():
             break
-        labels = found
-        member = (labels[:, :, None] == np.arange(k)).astype(np.float64)
-        count = member.sum(axis=1)
-        sums = member.transpose(0, 2, 1) @ points_nD
-        filled = sums / np.maximum(count, 1)[:, :, None]
-        centroids = np.where(count[:, :, None] > 0, filled, centroids)
-    cost = np.take_along_axis(_squared(points_nD, centroids), labels[:, :, None], 2).sum(
-        axis=(1, 2)
-    )
+        moving, found = moving[changed], found[:, changed]
+        labels[:, moving] = found
+        member = np.zeros((n, len(moving) * k))
+        member[np.arange(n)[:, None], found + k * np.arange(len(moving))] = 1.0
+        count = member.sum(axis=0)[:, None]
+        means = (member.T @ points_nD) / np.maximum(count, 1)
+        flat = np.where(count > 0, means, centroids[moving].reshape(means.shape))
+        centroids[moving] = flat.reshape(len(moving), k, -1)
+    chosen = centroids[np.arange(starts), labels]
+    cost = ((points_nD[:, None] - chosen) ** 2).sum(axis=(0, 2))
     best = int(cost.argmin())
-    return labels[best], centroids[best]
+    return labels[:, best], centroids[best]
 
 
 def nearest(points_nD: FloatArray, centroids_KD: FloatArray) -> IntArray:
     """Index of the nearest centroid of each point."""
-    found: IntArray = _squared(points_nD, centroids_KD[None])[0].argmin(axis=1)
+    found: IntArray = _squared(points_nD, centroids_KD).argmin(axis=1)
     return found
 
 
@@ -81,7 +87,7 @@ def leave_one_out(points_nD: FloatArray, labels_n: IntArray, k: int, own: bool =
     count = member.sum(axis=0)
     sums = member.T @ points_nD
     centroids = sums / np.maximum(count, 1)[:, None]
-    distance = _squared(points_nD, centroids[None])[0]
+    distance = _squared(points_nD, centroids)
     distance[:, count == 0] = np.inf
     if not own:
         rows = np.flatnonzero(labels_n >= 0)
@@ -129,20 +135,21 @@ def split_half_stability(points_nD: FloatArray, k: int, rng: np.random.Generator
 def _seed(points_nD: FloatArray, k: int, rng: np.random.Generator, starts: int) -> FloatArray:
     """k-means++ seeds, [G, K, D] (Arthur and Vassilvitskii 2007)."""
     n = len(points_nD)
-    chosen = points_nD[rng.integers(n, size=starts)][:, None]
-    while chosen.shape[1] < k:
-        gap = _squared(points_nD, chosen).min(axis=2)
+    chosen = np.empty((starts, k, points_nD.shape[1]))
+    chosen[:, 0] = points_nD[rng.integers(n, size=starts)]
+    gap = np.full((starts, n), np.inf)
+    for part in range(1, k):
+        gap = np.minimum(gap, _squared(points_nD, chosen[:, part - 1]).T)
         total = gap.cumsum(axis=1)
         draw = rng.random(starts) * np.maximum(total[:, -1], TINY)
         picked = np.minimum((total < draw[:, None]).sum(axis=1), n - 1)
-        chosen = np.concatenate([chosen, points_nD[picked][:, None]], axis=1)
+        chosen[:, part] = points_nD[picked]
     return chosen
 
 
-def _squared(points_nD: FloatArray, centroids_GKD: FloatArray) -> FloatArray:
-    """Squared distances [G, n, K]."""
-    own = (points_nD**2).sum(axis=1)[None, :, None]
-    other = (centroids_GKD**2).sum(axis=2)[:, None, :]
-    cross = points_nD @ centroids_GKD.transpose(0, 2, 1)
-    gaps: FloatArray = np.maximum(own + other - 2 * cross, 0.0)
+def _squared(points_nD: FloatArray, centroids_KD: FloatArray) -> FloatArray:
+    """Squared distances [n, K]."""
+    own = (points_nD**2).sum(axis=1)[:, None]
+    other = (centroids_KD**2).sum(axis=1)
+    gaps: FloatArray = np.maximum(own + other - 2 * points_nD @ centroids_KD.T, 0.0)
     return gaps
