@@ -75,14 +75,13 @@ def test_rivals_train_beside_ours_and_stay_as_they_were_tuned(
 ) -> None:
     profile = Profile(partial=str(tmp_path))
     claim: Any = bench.against_baselines(profile)
+    (row,) = claim.samples
     monkeypatch.setattr(tasks, "start_for", lambda *arguments: 0.9)  # costs measured differently
-    assert runs.tuned_rivals(tiny, profile)[1] == claim.samples["tuning"]
-    assert claim.samples["tuning"]["to"]["static_2"]["options"]["start"] < 0.9
-    assert set(claim.samples["margins"]) == {"linear", "static_2", "gradient"}
-    points = claim.samples["points"]
-    assert claim.samples["margins"]["linear"] == pytest.approx(
-        points["kgt_cached"] - points["linear"]
-    )
+    assert runs.tuned_rivals(tiny, profile)[1] == row["tuning"]
+    assert row["tuning"]["to"]["static_2"]["options"]["start"] < 0.9
+    assert set(row["margins"]) == {"linear", "static_2", "gradient"}
+    points = row["points"]
+    assert row["margins"]["linear"] == pytest.approx(points["kgt_cached"] - points["linear"])
 
 
 def test_rivals_are_tuned_to_the_time_of_ours_on_the_measured_seeds(

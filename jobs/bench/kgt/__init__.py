@@ -80,29 +80,39 @@ def _rows(found: runs.Runs) -> list[dict[str, Any]]:
 
 def against_baselines(profile: Profile) -> Claim:
     """The smallest margin in points over baselines tuned to KGT's CPU time (static: less 0.5)."""
-    task = tasks.mnist1d(profile, "step")
-    found, tuning = runs.against_rivals(task, profile)
-    points = {name: tasks.mean_points(outcomes) for name, outcomes in found.items()}
-    margins = {n: points["kgt_cached"] - points[n] for n in found if n != "kgt_cached"}
-    cpu = {name: tasks.cpu_ratio(many, found["kgt_cached"]) for name, many in found.items()}
-    value = min(
-        margin - _POINTS_BELOW_STATIC * name.startswith("static")
-        for name, margin in margins.items()
-    )
+    table = [_against_rivals(task, profile) for task in runs.all_tasks(profile)]
+    value, best = min((_smallest_margin(row), row["best_rival_points"]) for row in table)
     return Claim(
         name="against_baselines",
         value=value,
-        unit="points",
+        unit="points, the smallest margin",
         better="higher",
-        baseline=Baseline(name="best rival, points", value=max(points[n] for n in margins)),
-        samples={
-            "points": points,
-            "margins": margins,
-            "cpu_over_kgt": cpu,
-            "tuning": tuning,
-            "runs": _rows(found),
-        },
+        baseline=Baseline(name="best rival of that task, points", value=best),
+        samples=table,
         seeds=runs.seeds(profile),
+    )
+
+
+def _against_rivals(task: tasks.Task, profile: Profile) -> dict[str, Any]:
+    found, tuning = runs.against_rivals(task, profile)
+    points = {name: tasks.mean_points(outcomes) for name, outcomes in found.items()}
+    margins = {n: points["kgt_cached"] - points[n] for n in found if n != "kgt_cached"}
+    return {
+        "task": task.name,
+        "points": points,
+        "best_rival_points": max(points[name] for name in margins),
+        "margins": margins,
+        "cpu_over_kgt": {n: tasks.cpu_ratio(m, found["kgt_cached"]) for n, m in found.items()},
+        "tuning": tuning,
+        "runs": _rows(found),
+    }
+
+
+def _smallest_margin(row: dict[str, Any]) -> float:
+    margins: dict[str, float] = row["margins"]
+    return min(
+        margin - _POINTS_BELOW_STATIC * name.startswith("static")
+        for name, margin in margins.items()
     )
 
 
