@@ -356,6 +356,22 @@ i64 fiited_shape(void* raw, i64* lengths, i64* columns) {
     return kOk;
   });
 }
+// counts[32][k + 1]: rows by the logarithm (base 2, rounded down) of their optimizer steps, and length.
+i64 fiited_lengths_by_use(void* raw, i64* counts) {
+  return guarded(raw, [&](Handle&, Store& s) -> i64 {
+    if (!s.directory) return kBadArgument;
+    const int k = s.c.max_chunks;
+    std::fill(counts, counts + 32 * (k + 1), 0);
+    s.directory->for_each([&](Segment& g) {
+      for (size_t i = 0; i < s.directory->capacity(g); ++i) {
+        if (g.tags[i] & 0x80) continue;
+        const Entry& e = g.entries[i];
+        ++counts[(31 - __builtin_clz(e.updates | 1)) * (k + 1) + popcount(e.alive & kAliveMask)];
+      }
+    });
+    return kOk;
+  });
+}
 // Per id: alive bitmap (-1: not resident) and k utilities in today's scale.
 i64 fiited_inspect(void* raw, i32 table, const i64* ids, i64 n, i32* alive, float* utils, i64* touched) {
   return guarded(raw, [&](Handle&, Store& s) -> i64 {

@@ -27,7 +27,7 @@ from raysys.config import config_from_dict, config_to_dict
 from raysys.errors import RemoteError
 from raysys.runs import RunDirectory
 from raysys.training.fiited.clicks import Clicks
-from raysys.training.fiited.metrics import group_statistics
+from raysys.training.fiited.metrics import group_statistics, shapes_of
 from raysys.training.fiited.trainer import StreamTrainer, Window
 
 
@@ -201,7 +201,10 @@ class Rank:
 
 def group_stats(group: ShardGroup) -> dict[str, float]:
     """Figures over all shards, and how unequal their traffic is."""
-    found = group.stats()
+    return _merged(group, group.stats())
+
+
+def _merged(group: ShardGroup, found: list[dict[str, Any]]) -> dict[str, float]:
     total = group_statistics(group.config, group.tables, found)
     loads = [float(s["loads"].sum()) for s in found]
     total["load_max_over_mean"] = max(loads) / max(sum(loads) / len(loads), 1.0)
@@ -209,4 +212,9 @@ def group_stats(group: ShardGroup) -> dict[str, float]:
 
 
 def _result(group: ShardGroup, steps: int) -> dict[str, Any]:
-    return {"stats": group_stats(group), "steps": steps, "shapes": {}}
+    found = group.stats()
+    lengths, columns, by_use = (sum(s[n] for s in found) for n in ("lengths", "columns", "by_use"))
+    return {
+        "stats": _merged(group, found), "steps": steps,
+        "shapes": shapes_of(group.tables, lengths, columns), "by_use": by_use,
+    }  # fmt: skip

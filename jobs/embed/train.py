@@ -65,7 +65,12 @@ def _train_local(config: TrainConfig, log: ClickLog, context: JobContext) -> dic
         _end_window(trainer, bag, window, batch, context)
     _save(trainer, bag, folder)
     context.metrics.flush()
-    return {"stats": bag.stats(), "shapes": shapes(bag.store), "steps": trainer.step_number}
+    return {
+        "stats": bag.stats(),
+        "shapes": shapes(bag.store),
+        "by_use": bag.store.engine.lengths_by_use(),
+        "steps": trainer.step_number,
+    }
 
 
 def make_trainer(config: TrainConfig, log: ClickLog) -> StreamTrainer:

@@ -229,6 +229,12 @@ class ReferenceEngine(ReferenceRows):
             columns[t] += [row.alive >> j & 1 for j in range(k)]
         return lengths, columns
 
+    def lengths_by_use(self) -> I64:
+        counts = np.zeros((32, self.c.max_chunks + 1), np.int64)
+        for row in self.rows.values():
+            counts[max(row.updates, 1).bit_length() - 1, row.alive.bit_count()] += 1
+        return counts
+
     def pin(self, table: int, ids: I64, pin: bool) -> None:
         keys = [(table, virtual_row(self.tables[table], int(i))) for i in ids]
         absent = [key for key in keys if key not in self.rows]

@@ -15,7 +15,7 @@ from actors.fiited.scoring import ClickModel, ScoringEndpoint
 from jobs.bench.inputs import write_clicks
 from jobs.embed.__main__ import command_line
 from jobs.embed.config import TrainConfig
-from jobs.embed.report import read_windows
+from jobs.embed.report import read_windows, recovery
 from jobs.embed.train import make_trainer
 from raysys import machine
 from raysys.errors import ConfigError, DataError, InterruptedRunError
@@ -45,7 +45,8 @@ def trained(clicks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = train(clicks, run)
     assert result["auc_late"] > 0.7
     assert result["rho"] > 0.4
-    assert (run / "report.html").stat().st_size > 10_000
+    page = (run / "report.html").read_text()
+    assert all(title in page for title in ("Row lengths by popularity", "Quality, predicted"))
     return run
 
 
@@ -103,6 +104,17 @@ def test_the_exported_model_scores_like_the_trained_one(
     (out / "model.json").write_text("{")
     with pytest.raises(DataError):
         ClickModel(str(out))
+
+
+def test_what_a_drift_cost_is_read_from_the_windows() -> None:
+    aucs = [0.7, 0.7, 0.8, 0.8, 0.8, 0.8, 0.8, 0.6, 0.65, 0.7, 0.75, 0.77, 0.79, 0.8]
+    windows = [{"step": 10 * i, "auc": a, "drift": float(i == 8)} for i, a in enumerate(aucs)]
+    found = recovery(windows, 80)
+    assert found["lowest_at"] == 70
+    assert found["before"] == pytest.approx((0.7 + 0.7 + 0.8) / 3)
+    assert found["back_at"] == 100  # 0.7333 - 0.1 * 0.1333 = 0.72
+    assert recovery(windows[:10], 80)["back_at"] is None
+    assert recovery(windows[8:9], 80)["before"] == 0.65
 
 
 def test_ramp_and_guard_move_the_budget(clicks: Path, tmp_path: Path) -> None:

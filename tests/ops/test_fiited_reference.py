@@ -49,6 +49,9 @@ def assert_equal(one: FiitedStore, other: FiitedStore) -> None:
     mine, theirs = one.engine.counters(), other.engine.counters()
     for name in ("rows", "alive", "grown", "evicted", "admitted", "removed", "round", "scale"):
         assert mine[name] == theirs[name], name
+    by_use = one.engine.lengths_by_use()
+    assert np.array_equal(by_use, other.engine.lengths_by_use())
+    assert by_use.sum() == mine["rows"]
     for table in TABLES:
         ids = np.arange(table.rows + 1)
         assert np.array_equal(one.dims(table.name, ids), other.dims(table.name, ids))

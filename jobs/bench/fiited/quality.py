@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -25,6 +26,7 @@ SIGNALS = {"weak": 1.0, "strong": 2.0}
 LATE = (0.85, 1.0)
 WINDOWS = 20
 BUDGETS = (0.75, 0.9, 0.95, 0.98)
+BANDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # upper ends, as shares of a field's ids
 RIVALS = ("rows", "frequency", "hashing", "quotient_remainder", "uniform")
 
 
@@ -76,7 +78,7 @@ def _summary(record: Record, embedding: Embedding, stream: PlantedStream) -> dic
         names = ("rho", "rho_bytes", "pool_mapped", "directory_bytes", "sketch_bytes")
         found |= {name: stats[name] for name in (*names, "scratch_bytes", "rows_seen", "rows")}
         found["value_kept"] = _value_kept(embedding, stream)
-        found["dims_by_decile"] = _dims_by_decile(embedding, stream)
+        found["lengths_by_popularity"] = _lengths_by_popularity(embedding, stream)
     return found
 
 
@@ -129,7 +131,7 @@ def chunks_vs_rows(profile: Profile) -> Claim:
     seeds = seeds_of(profile)
     samples: dict[str, Any] = {}
     leads = []
-    for ratio in profile.pick((0.9,), BUDGETS):
+    for ratio in profile.pick((0.75, 0.9, 0.95), BUDGETS):
         found = {}
         for method in ("chunks", *RIVALS):
             results = _runs(profile, "weak", method, ratio)
@@ -226,14 +228,14 @@ def movielens(profile: Profile) -> Claim:
     pieces = [
         Piece(
             f"fiited-movielens-{method}",
-            {"method": method, "ratio": ratio, "seed": seed},
-            functools.partial(_movielens_auc, method, ratio, seed),
+            {"method": method, "ratio": ratio, "seed": seed, "found": "auc, bytes"},
+            functools.partial(_movielens_run, method, ratio, seed),
         )
         for method, ratio in cases
         for seed in seeds
     ]
     values = iter(measure_pieces(profile.partial, pieces))
-    found = {f"{method} {ratio:g}": [next(values) for _ in seeds] for method, ratio in cases}
+    found = {f"{method} {ratio:g}": [next(values)["auc"] for _ in seeds] for method, ratio in cases}
     return Claim(
         name="movielens",
         value=statistics.mean(found["chunks 0.9"]),
@@ -246,7 +248,7 @@ def movielens(profile: Profile) -> Claim:
     )
 
 
-def _movielens_auc(method: str, ratio: float, seed: int) -> float:
+def _movielens_run(method: str, ratio: float, seed: int) -> dict[str, float]:
     from raysys.training.fiited.movielens import fields, load, split_stream
 
     torch.set_num_threads(1)
@@ -256,7 +258,7 @@ def _movielens_auc(method: str, ratio: float, seed: int) -> float:
     batches = split_stream(data, seed, passes=2, batch=512)
     record = run(batches, embedding, DLRM(len(fields(data)), embedding.width))
     held = len(batches) - -(-len(data.labels) // 10 // 512)
-    return record.auc(held / len(batches))
+    return {"auc": record.auc(held / len(batches)), "bytes": float(embedding.bytes())}
 
 
 def _runs(
@@ -287,12 +289,15 @@ def _value_kept(embedding: Embedding, stream: PlantedStream) -> float:
     return float(value[resident].sum() / best.sum())
 
 
-def _dims_by_decile(embedding: Embedding, stream: PlantedStream) -> list[float]:
-    """Mean row length by decile of popularity within its field, most popular first."""
+def _lengths_by_popularity(embedding: Embedding, stream: PlantedStream) -> list[list[int]]:
+    """Ids [bands, k + 1] by row length in chunks, per band of popularity within their field."""
     store = embedding.bag(0).store
-    sums = np.zeros(10)
+    k = max(table.dim for table in store.tables) // store.config.chunk
+    counts = np.zeros((len(BANDS), k + 1), np.int64)
     for index, table in enumerate(store.tables):
-        order = np.argsort(-stream.popularity(index))
-        dims = store.dims(table.name, order)
-        sums += [part.mean() * len(order) for part in np.array_split(dims, 10)]
-    return [float(x) for x in sums / sum(t.rows for t in store.tables)]
+        order = np.argsort(-stream.popularity(index), kind="stable")
+        lengths = store.dims(table.name, order) // store.config.chunk
+        edges = [round(share * len(order)) for share in (0.0, *BANDS)]
+        for band, (low, high) in enumerate(itertools.pairwise(edges)):
+            counts[band] += np.bincount(lengths[low:high], minlength=k + 1)
+    return [[int(n) for n in row] for row in counts]

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from raysys.errors import ConfigError
 from raysys.training.fiited.bag import FiitedEmbeddingBag
 from raysys.training.fiited.config import FiitedConfig, TableSpec
-from raysys.training.fiited.metrics import mapped_bytes
+from raysys.training.fiited.metrics import full_row_bytes, mapped_bytes
+from raysys.training.fiited.store import FiitedStore
 
 METHODS = ("full", "chunks", "rows", "frequency", "uniform", "hashing", "quotient_remainder")
 
@@ -48,14 +49,22 @@ class Embedding(nn.Module):
             self.bag(index).end_step()
 
     def bytes(self) -> int:
-        """Resident bytes, index included."""
-        return sum(mapped_bytes(self.bag(i).store) for i in range(len(self.layers)))
+        """Resident bytes, index and buffers included; a dense table counts without the rounding
+        to pages that this implementation happens to do."""
+        return sum(_bytes(self.bag(i).store) for i in range(len(self.layers)))
 
     def bag(self, index: int) -> FiitedEmbeddingBag:
         """One of the layers, typed."""
         layer = self.layers[index]
         assert isinstance(layer, FiitedEmbeddingBag)
         return layer
+
+
+def _bytes(store: FiitedStore) -> int:
+    if not store.dense:
+        return mapped_bytes(store)
+    rows = sum(table.rows * full_row_bytes(store.config, table.dim) for table in store.tables)
+    return rows + int(store.engine.counters()["scratch_bytes"])
 
 
 def build(

@@ -30,6 +30,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "fiited_verify": [_P],
     "fiited_rows_seen": [_P, _I32, _P],
     "fiited_shape": [_P, _P, _P],
+    "fiited_lengths_by_use": [_P, _P],
     "fiited_inspect": [_P, _I32, _P, _I64, _P, _P, _P],
     "fiited_pin": [_P, _I32, _P, _I64, _I32],
     "fiited_pull": [_P, _P, _P, _I64, _I32, _P, _P],

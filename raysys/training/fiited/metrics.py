@@ -54,11 +54,20 @@ def group_statistics(
 
 
 def sightings(store: FiitedStore) -> dict[str, npt.NDArray[Any]]:
-    """HyperLogLog registers [tables, 4096] of rows seen, and resident rows [tables]."""
+    """What a shard tells beside its numbers.
+
+    ``registers`` [tables, 4096]: HyperLogLog of rows seen. ``resident`` [tables]. ``lengths``
+    [tables, k + 1]: rows by length. ``columns`` [tables, k]: alive chunks. ``by_use`` [32, k + 1]:
+    rows by log2 of their optimizer steps, and by length.
+    """
     tables = range(len(store.tables))
+    lengths, columns = store.engine.shape()
     return {
         "registers": np.stack([store.engine.rows_seen(table) for table in tables]),
-        "resident": store.engine.shape()[0].sum(axis=1),
+        "resident": lengths.sum(axis=1),
+        "lengths": lengths,
+        "columns": columns,
+        "by_use": store.engine.lengths_by_use(),
     }
 
 
@@ -113,7 +122,13 @@ def hyperloglog(registers: npt.NDArray[np.uint8]) -> float:
 
 def shapes(store: FiitedStore) -> dict[str, Any]:
     """Per table: rows by length (in chunks) and the share of resident rows that keep a column."""
-    lengths, columns = store.engine.shape()
+    return shapes_of(store.tables, *store.engine.shape())
+
+
+def shapes_of(
+    tables: Sequence[TableSpec], lengths: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]
+) -> dict[str, Any]:
+    """The same from rows by length [tables, k + 1] and alive chunks by column [tables, k]."""
     return {
         table.name: {
             "rows_by_length": [int(x) for x in lengths[index]],
@@ -121,5 +136,5 @@ def shapes(store: FiitedStore) -> dict[str, Any]:
                 float(x) / max(int(lengths[index].sum()), 1) for x in columns[index]
             ],
         }
-        for index, table in enumerate(store.tables)
+        for index, table in enumerate(tables)
     }

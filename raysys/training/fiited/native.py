@@ -212,6 +212,12 @@ class NativeEngine:
         self._call("fiited_shape", _at(lengths), _at(columns))
         return lengths, columns
 
+    def lengths_by_use(self) -> I64:
+        """Rows [32, k + 1] by log2 of their optimizer steps (0 and 1 together) and by length."""
+        counts = np.zeros((32, self._config.max_chunks + 1), np.int64)
+        self._call("fiited_lengths_by_use", _at(counts))
+        return counts
+
     def inspect(self, table: int, ids: I64) -> tuple[npt.NDArray[np.int32], F32, I64]:
         """Alive bitmap (-1 for strangers), utilities [n, k] and last touched step per id."""
         alive, touched = np.empty(len(ids), np.int32), np.empty(len(ids), np.int64)
