@@ -12,12 +12,14 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raysys.errors import DataError, StorageError
+from raysys.errors import DataError, RaysysError, StorageError
+from raysys.runs.storage import Storage
 
 _POLL_S = 2.0
 
@@ -118,3 +120,25 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))["result"]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(str(path), f"not a kept piece ({error})", "Delete it") from error
+
+
+def page_command(usage: str, page_of: Callable[[str], str], arguments: Sequence[str]) -> int:
+    """Write the page of a folder of pieces, for ``python -m ... FOLDER PAGE.html``.
+
+    Args:
+        usage: printed unless there are two arguments.
+        page_of: HTML of a folder; its errors are told without a traceback.
+
+    Returns:
+        The exit code.
+    """
+    if len(arguments) != 2:
+        print(usage, file=sys.stderr)
+        return 2
+    try:
+        target = Path(arguments[1]).absolute()
+        Storage(str(target.parent)).write(target.name, page_of(arguments[0]).encode())
+    except RaysysError as error:
+        print(f"raysys: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from raysys.errors import DataError, RaysysError
+from jobs.bench.pieces import page_command
+from raysys.errors import DataError
 from raysys.report import Cell, Plot, Section, Table, new_figure, render_page, series_color
 from raysys.report.figures import INK
-from raysys.runs.storage import Storage
 
 Rows = list[dict[str, Any]]
 NAMES = {
@@ -225,16 +225,7 @@ def _table(rows: Rows) -> Table:
 
 def main(arguments: Sequence[str]) -> int:
     """Write the page; returns the exit code."""
-    if len(arguments) != 2:
-        print(__doc__, file=sys.stderr)
-        return 2
-    try:
-        target = Path(arguments[1]).absolute()
-        Storage(str(target.parent)).write(target.name, page(load(arguments[0])).encode())
-    except RaysysError as error:
-        print(f"raysys: error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return page_command(__doc__, lambda folder: page(load(folder)), arguments)
 
 
 if __name__ == "__main__":
