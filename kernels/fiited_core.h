@@ -9,6 +9,7 @@
 #include <mutex>
 
 #include "fiited_directory.h"
+#include "fiited_half.h"
 #include "fiited_sketch.h"
 
 namespace fiited {
@@ -39,7 +40,7 @@ struct Row {   // a distinct row of a batch
   u64 v;
   Entry* e;
   float* u;
-  float* w;      // layout B and dense: the row's contiguous weights
+  u8* w;         // layout B and dense: the row's contiguous weights
   u32* refs;     // layout A
   u32 count, start;
   u16 table, alive;   // the bitmap as of the latest resolve
@@ -67,17 +68,19 @@ class Store {
   i64 elsewhere = 0;                  // chunks alive on the other shards of one budget
   u32 round = 0, step = 0;
   bool frozen = false;
-  int states;
+  int states, weight_bytes, chunk_bytes;   // of a weight; of a chunk with its optimizer states
   pid_t owner = getpid();
   // Dense mode (the same kernels without the indirection): entries, utilities and weights by row.
   std::vector<Entry> dense_entries;
   std::vector<float> dense_utils;
-  float* dense_weights = nullptr;   // on huge pages, like the pool
+  u8* dense_weights = nullptr;   // on huge pages, like the pool
   i64 dense_bytes = 0;
   std::vector<i64> dense_offset;
 
   Store(const Config& config, const TableConfig* t) : c(config), tables(t, t + config.tables), memory(config.page_bytes) {
     states = c.optimizer == kAdam ? 2 : c.optimizer == kAdagrad ? 1 : 0;
+    weight_bytes = c.half ? 2 : 4;
+    chunk_bytes = c.chunk * (weight_bytes + 4 * states);
     memory.limit = c.budget_bytes;
     window.assign(kBins, 0.0f);
     evicted_lately.assign(4096, 0);
@@ -91,11 +94,11 @@ class Store {
     if (!memory.take(sketch->bytes())) return false;
     directory = std::make_unique<Directory>(c.max_chunks, c.layout == kChunked, c.page_bytes, &memory);
     const int classes = c.layout == kSlabs ? c.max_chunks : 1;
-    pool = std::make_unique<Pool>(classes, c.chunk, states, c.page_bytes, c.lifo, c.poison, &memory);
+    pool = std::make_unique<Pool>(classes, u32(chunk_bytes), c.page_bytes, c.lifo, c.poison, &memory);
     if (c.layout == kChunked) {   // slot 0 stays all zeros and is never handed out
       zero_slot = pool->alloc(1);
       if (zero_slot == kNoSlot) return false;
-      std::memset(pool->at(zero_slot, 1), 0, size_t(c.chunk) * 4 * (1 + states));
+      std::memset(pool->at(zero_slot, 1), 0, size_t(chunk_bytes));
     }
     return directory->open();
   }
@@ -103,10 +106,10 @@ class Store {
   bool open_dense() {
     i64 rows = 0;
     for (const TableConfig& t : tables) { dense_offset.push_back(rows); rows += t.dense_rows; }
-    dense_bytes = rows * c.max_chunks * c.chunk * 4 * (1 + states);
+    dense_bytes = rows * c.max_chunks * chunk_bytes;
     constexpr i64 huge = i64(2) << 20;
     dense_bytes = (dense_bytes + huge - 1) / huge * huge;
-    dense_weights = static_cast<float*>(std::aligned_alloc(huge, size_t(dense_bytes)));
+    dense_weights = static_cast<u8*>(std::aligned_alloc(huge, size_t(dense_bytes)));
     if (!dense_weights) return false;
 #ifdef MADV_HUGEPAGE
     madvise(dense_weights, size_t(dense_bytes), MADV_HUGEPAGE);
@@ -120,18 +123,28 @@ class Store {
         e.table = u16(t);
         e.alive = full_mask(t);
         e.acc = c.acc0;
-        float* w = dense_row(dense_offset[t] + i);
-        for (int j = 0; j < tables[t].chunks; ++j) init_chunk(e.key, t, j, w + j * c.chunk);
+        u8* w = dense_row(dense_offset[t] + i);
+        for (int j = 0; j < tables[t].chunks; ++j) init_chunk(e.key, t, j, w + j * c.chunk * weight_bytes);
       }
     return true;
   }
-  float* dense_row(i64 i) const { return dense_weights + size_t(i) * c.max_chunks * c.chunk * (1 + states); }
+  u8* dense_row(i64 i) const { return dense_weights + size_t(i) * c.max_chunks * chunk_bytes; }
 
   u16 full_mask(int t) const { return u16((1u << tables[t].chunks) - 1); }
   i64 free_slots() const { return c.slots - alive - elsewhere; }
   bool roomy() const { return free_slots() * 5 > c.slots; }
 
-  void init_chunk(u64 v, int t, int j, float* out) const {
+  void read_weights(float* out, const u8* w, int n) const {
+    if (c.half) widen(out, reinterpret_cast<const u16*>(w), n);
+    else std::memcpy(out, w, size_t(n) * 4);
+  }
+  void write_weights(u8* w, const float* from, int n) const {
+    if (c.half) narrow_nearest(reinterpret_cast<u16*>(w), from, n);
+    else std::memcpy(w, from, size_t(n) * 4);
+  }
+
+  void init_chunk(u64 v, int t, int j, u8* w) const {
+    alignas(64) float out[4096];
     const int D = tables[t].chunks * c.chunk;
     const float bound = c.init_scale / std::sqrt(float(D));
     const u64 seed = mix(v ^ mix(c.seed + u64(t) * 0x51ed2701ull));
@@ -144,6 +157,7 @@ class Store {
         out[i] = (sum - 2.0f) * 1.7320508f * bound;
       } else out[i] = 0.0f;
     }
+    write_weights(w, out, c.chunk);
   }
 
   // Give the row exactly the chunks of `want`. New chunks are zero unless `fresh` (then random).
@@ -187,13 +201,14 @@ class Store {
     ++n.removed;
   }
 
-  float* chunk_at(const Row& r, int j) const {
-    return c.layout == kChunked ? pool->at(r.refs[j], 1) : r.w + j * c.chunk;
+  u8* chunk_at(const Row& r, int j) const {
+    return c.layout == kChunked ? pool->at(r.refs[j], 1) : r.w + j * c.chunk * weight_bytes;
   }
-  // Distance from a chunk's weights to its first optimizer state.
-  int state_stride(const Entry& e) const {
-    return c.layout == kChunked ? c.chunk
-         : c.layout == kDense ? c.max_chunks * c.chunk : popcount(e.alive & kAliveMask) * c.chunk;
+  // Optimizer state `which` of an alive chunk: behind all weights of the slot.
+  float* state_at(const Row& r, int j, int which) const {
+    if (c.layout == kChunked) return reinterpret_cast<float*>(pool->at(r.refs[j], 1) + c.chunk * weight_bytes) + which * c.chunk;
+    const int k = c.layout == kDense ? c.max_chunks : popcount(r.e->alive & kAliveMask);
+    return reinterpret_cast<float*>(r.w + k * c.chunk * weight_bytes) + (which * k + j) * c.chunk;
   }
   void resolve(Row& r) const {
     if (c.layout == kDense) {
@@ -226,14 +241,17 @@ class Store {
     if (to) {
       slot = pool->alloc(to);
       if (slot == kNoSlot) return false;
-      float* target = pool->at(slot, to);
+      u8* const target = pool->at(slot, to);
       const int keep = std::min(from, to);
-      for (int s = 0; s <= states; ++s) {
-        float* part = target + size_t(s) * to * C;
-        if (keep) std::memcpy(part, pool->at(f.entry->slot, from) + size_t(s) * from * C, size_t(keep) * C * 4);
-        std::memset(part + keep * C, 0, size_t(to - keep) * C * 4);
+      for (int s = 0; s <= states; ++s) {   // the weights, then each state
+        const size_t width = size_t(C) * (s ? 4 : weight_bytes);
+        const size_t before = s ? size_t(C) * (weight_bytes + 4 * (s - 1)) : 0;
+        u8* part = target + before * to;
+        if (keep) std::memcpy(part, pool->at(f.entry->slot, from) + before * from, width * keep);
+        std::memset(part + width * keep, 0, width * (to - keep));
       }
-      for (int j = keep; fresh && j < to; ++j) init_chunk(f.entry->key, f.entry->table, j, target + j * C);
+      for (int j = keep; fresh && j < to; ++j)
+        init_chunk(f.entry->key, f.entry->table, j, target + j * C * weight_bytes);
     }
     if (from && !pool->free(f.entry->slot, from)) return false;
     f.entry->slot = slot;
@@ -254,8 +272,8 @@ class Store {
       if ((have & ~want) >> j & 1) { if (!pool->free(f.refs[j], 1)) return false; f.refs[j] = zero_slot; }
       if (!((want & ~have) >> j & 1)) { if (!(have >> j & 1)) f.refs[j] = zero_slot; continue; }
       f.refs[j] = got[j];
-      float* w = pool->at(got[j], 1);
-      std::memset(w, 0, size_t(c.chunk) * 4 * (1 + states));
+      u8* w = pool->at(got[j], 1);
+      std::memset(w, 0, size_t(chunk_bytes));
       if (fresh) init_chunk(f.entry->key, f.entry->table, j, w);
     }
     return true;

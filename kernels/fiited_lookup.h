@@ -70,7 +70,7 @@ inline void prefetch_floats(const float* at, int floats) {
   for (int i = 0; i < floats; i += 16) __builtin_prefetch(at + i);
 }
 inline void prefetch_weights(const Store& s, const Row& r, int parts) {
-  if (r.w) prefetch_floats(r.w, popcount(r.alive) * s.c.chunk * parts);
+  if (r.w) prefetch_floats(reinterpret_cast<const float*>(r.w), popcount(r.alive) * (parts > 1 ? s.chunk_bytes : s.c.chunk * s.weight_bytes) / 4);
   else if (r.refs)
     for (u32 m = r.alive; m; m &= m - 1) __builtin_prefetch(s.chunk_at(r, __builtin_ctz(m)));
 }
@@ -107,12 +107,13 @@ inline void write_row(const Store& s, const Row& r, float* out, int k, float mas
   if (!r.e) { zero_floats(out, k * C); return; }
   if (r.w && mask_below <= 0) {
     const int floats = popcount(r.alive) * C;
-    copy_floats(out, r.w, floats);
+    if (s.c.half) widen(out, reinterpret_cast<const u16*>(r.w), floats);
+    else copy_floats(out, reinterpret_cast<const float*>(r.w), floats);
     zero_floats(out + floats, k * C - floats);
     return;
   }
   for (int j = 0; j < k; ++j) {
-    if ((r.alive >> j & 1) && !hidden(r, j, mask_below)) copy_floats(out + j * C, s.chunk_at(r, j), C);
+    if ((r.alive >> j & 1) && !hidden(r, j, mask_below)) s.read_weights(out + j * C, s.chunk_at(r, j), C);
     else zero_floats(out + j * C, C);
   }
 }
@@ -120,11 +121,12 @@ inline void write_row(const Store& s, const Row& r, float* out, int k, float mas
 inline void add_row(const Store& s, const Row& r, float* out, float scale, float mask_below) {
   if (!r.e) return;
   const int C = s.c.chunk;
-  each_chunk(s, r, [&](int j, const float* w) {
+  each_chunk(s, r, [&](int j, const u8* w) {
     if (hidden(r, j, mask_below)) return;
     for (int i = 0; i < C; i += 4) {
       v4& target = *reinterpret_cast<v4*>(out + j * C + i);
-      target = target + *reinterpret_cast<const v4*>(w + i) * scale;
+      const v4 more = s.c.half ? widen_4(reinterpret_cast<const u16*>(w) + i) : *reinterpret_cast<const v4*>(w + 4 * i);
+      target = target + more * scale;
     }
   });
 }

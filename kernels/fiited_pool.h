@@ -77,21 +77,21 @@ constexpr u32 kNoSlot = 0xffffffffu;
 
 class Pool {
  public:
-  Pool(int classes, int chunk_floats, int states, i64 page_bytes, bool lifo, bool poison,
-       Memory* memory)
+  Pool(int classes, u32 chunk_bytes, i64 page_bytes, bool lifo, bool poison, Memory* memory)
       : lifo_(lifo), poison_(poison), page_bytes_(page_bytes), memory_(memory) {
     classes_.resize(classes + 1);
     for (int m = 1; m <= classes; ++m) {
-      classes_[m].bytes = u32(m) * chunk_floats * 4 * (1 + states);
+      classes_[m].bytes = u32(m) * chunk_bytes;
       classes_[m].per_page = u32(page_bytes / classes_[m].bytes);
     }
     while ((1u << index_bits_) < classes_[1].per_page) ++index_bits_;
   }
 
   i64 max_slots() const { return i64(classes_[1].per_page) << (32 - index_bits_); }
-  float* at(u32 slot, int m) const {
+  u32 bytes(int m) const { return classes_[m].bytes; }
+  u8* at(u32 slot, int m) const {
     const u32 page = slot >> index_bits_, index = slot & ((1u << index_bits_) - 1);
-    return reinterpret_cast<float*>(bases_[page] + size_t(index) * classes_[m].bytes);
+    return bases_[page] + size_t(index) * classes_[m].bytes;
   }
 
   u32 alloc(int m) {

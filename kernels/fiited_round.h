@@ -18,7 +18,7 @@ inline i64 target_slots(const Store& s) {
   i64 slots = s.c.slots;
   if (s.c.budget_bytes) {   // what the index takes is not available to chunks
     const i64 index = s.directory->mapped_bytes() + s.sketch->bytes() + 2 * s.c.page_bytes;
-    slots = std::min(slots, std::max<i64>(0, s.c.budget_bytes - index) / (i64(s.c.chunk) * 4 * (1 + s.states)));
+    slots = std::min(slots, std::max<i64>(0, s.c.budget_bytes - index) / s.chunk_bytes);
   }
   return slots - i64(double(slots) * s.c.slack);
 }
@@ -163,7 +163,7 @@ inline i64 compact(Store& s, const Range& range, i64 limit) {
         const u32 fresh = s.pool->alloc(m);
         if (fresh == kNoSlot) continue;
         if (s.pool->page_of(fresh) == page[m]) { s.pool->free(fresh, m); continue; }
-        std::memcpy(s.pool->at(fresh, m), s.pool->at(slot, m), size_t(m) * s.c.chunk * 4 * (1 + s.states));
+        std::memcpy(s.pool->at(fresh, m), s.pool->at(slot, m), s.pool->bytes(m));
         s.pool->free(slot, m);
         slot = fresh;
         ++moved;

@@ -58,8 +58,8 @@ inline void step_contiguous(float* w, const float* g, int floats, float row_step
   }
 }
 
-template <int L> inline void step_chunk(const Store& s, const Row& r, float* w, const float* g, float lr, float row_step,
-                                        float bias1, float bias2) {
+template <int L> inline void step_chunk(const Store& s, const Row& r, int j, float* w, const float* g, float lr,
+                                        float row_step, float bias1, float bias2) {
   using V = typename Lanes<L>::type;
   const int C = s.c.chunk;
   if (s.c.optimizer <= kRowwiseAdagrad) {
@@ -69,11 +69,12 @@ template <int L> inline void step_chunk(const Store& s, const Row& r, float* w, 
     }
     return;
   }
-  const int stride = s.state_stride(*r.e);
+  float* const state = s.state_at(r, j, 0);
+  float* const other = s.c.optimizer == kAdam ? s.state_at(r, j, 1) : nullptr;
   for (int i = 0; i < C; i += L) {
     V& weight = *reinterpret_cast<V*>(w + i);
     const V grad = *reinterpret_cast<const V*>(g + i);
-    V& first = *reinterpret_cast<V*>(w + stride + i);
+    V& first = *reinterpret_cast<V*>(state + i);
     V root;
     if (s.c.optimizer == kAdagrad) {
       first = first + grad * grad;
@@ -81,7 +82,7 @@ template <int L> inline void step_chunk(const Store& s, const Row& r, float* w, 
       weight = weight - lr * grad / root;
       continue;
     }
-    V& second = *reinterpret_cast<V*>(w + 2 * stride + i);
+    V& second = *reinterpret_cast<V*>(other + i);
     first = first * s.c.beta1 + grad * (1.0f - s.c.beta1);
     second = second * s.c.beta2 + grad * grad * (1.0f - s.c.beta2);
     for (int l = 0; l < L; ++l) root[l] = std::sqrt(second[l] / bias2) + s.c.eps;
@@ -115,10 +116,14 @@ inline bool is_plain(const Store& s, const Row& r) {
   return r.w && s.c.optimizer <= kRowwiseAdagrad && s.c.utility != kSaliency && !(s.c.weight_decay > 0);
 }
 
+inline u32 row_noise(const Store& s, const Row& r) { return noise_seed(r.e->key, s.c.seed, s.step); }
+
 template <int L> inline void step_each(Store& s, Row& r, float* g, const float* square, float freq, float lr,
                                        float row_step, float unit) {
   const int C = s.c.chunk, k = s.tables[r.table].chunks;
   const float scale = float(s.scale);
+  alignas(64) float wide[4096];
+  const u32 noise = s.c.half ? row_noise(s, r) : 0;
   float bias1 = 1, bias2 = 1;
   if (s.c.optimizer == kAdam) {
     bias1 = float(1.0 - std::pow(double(s.c.beta1), double(r.e->updates)));
@@ -128,10 +133,13 @@ template <int L> inline void step_each(Store& s, Row& r, float* g, const float* 
     const bool is_alive = r.alive >> j & 1;
     float dot = 0;
     if (is_alive) {
-      float* w = s.chunk_at(r, j);
+      u8* const stored = s.chunk_at(r, j);
+      float* w = s.c.half ? wide : reinterpret_cast<float*>(stored);
+      if (s.c.half) widen(wide, reinterpret_cast<const u16*>(stored), C);
       if (s.c.utility == kSaliency) dot = dot_chunk<L>(g + j * C, w, C);
       if (s.c.weight_decay > 0) for (int i = 0; i < C; ++i) g[j * C + i] += s.c.weight_decay * w[i];
-      step_chunk<L>(s, r, w, g + j * C, lr, row_step, bias1, bias2);
+      step_chunk<L>(s, r, j, w, g + j * C, lr, row_step, bias1, bias2);
+      if (s.c.half) narrow_noisy(reinterpret_cast<u16*>(stored), wide, C, noise, u32(j * C));
     }
     const float more = utility_step(s, freq, r.count, std::sqrt(square[j]), dot, is_alive, unit) * scale;
     r.u[j] = is_alive ? r.u[j] - more : r.u[j] + more;   // the sign bit carries "alive"
@@ -167,7 +175,9 @@ template <int L> inline bool apply_row(Store& s, Row& r, float* g, const float* 
     row_step = lr / (std::sqrt(r.e->acc) + s.c.eps);
   }
   if (is_plain(s, r)) {
-    step_contiguous(r.w, g, popcount(mask) * C, row_step);
+    const int floats = popcount(mask) * C;
+    if (s.c.half) step_contiguous_half(reinterpret_cast<u16*>(r.w), g, floats, row_step, row_noise(s, r));
+    else step_contiguous(reinterpret_cast<float*>(r.w), g, floats, row_step);
     add_utilities(s, r, k, square, freq, unit);
   } else step_each<L>(s, r, g, square, freq, lr, row_step, unit);
   r.e->touched = s.step;

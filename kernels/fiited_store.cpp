@@ -131,8 +131,8 @@ i64 verify(const Store& s) {   // 0, or the number of the invariant that is brok
   if (s.pool->counted_live() != references) broken = 1;
   if (chunks != s.alive || chunks > s.c.slots || rows != s.directory->rows() || pinned != s.pinned) broken = 2;
   if (s.c.layout == kChunked) {
-    const float* zero = s.pool->at(s.zero_slot, 1);
-    for (int i = 0; i < s.c.chunk * (1 + s.states); ++i) if (bits_of(zero[i])) broken = 4;
+    const u8* zero = s.pool->at(s.zero_slot, 1);
+    for (int i = 0; i < s.chunk_bytes; ++i) if (zero[i]) broken = 4;
   }
   std::vector<i64> bins(kBins, 0);
   i64 total = 0, recount = 0;
@@ -336,57 +336,6 @@ i64 fiited_counters(void* raw, Counters* out) {
   return guarded(raw, [&](Handle& h, Store&) -> i64 { fill_counters(h, out); return kOk; });
 }
 i64 fiited_verify(void* raw) { return guarded(raw, [](Handle&, Store& s) { return s.directory ? verify(s) : i64(kOk); }); }
-i64 fiited_rows_seen(void* raw, i32 table, u8* registers) {
-  return guarded(raw, [&](Handle&, Store& s) -> i64 { std::memcpy(registers, s.registers[table].data(), 4096); return kOk; });
-}
-// lengths[tables][k + 1]: rows by number of alive chunks; columns[tables][k]: alive chunks by column.
-i64 fiited_shape(void* raw, i64* lengths, i64* columns) {
-  return guarded(raw, [&](Handle&, Store& s) -> i64 {
-    const int k = s.c.max_chunks;
-    std::fill(lengths, lengths + s.c.tables * (k + 1), 0);
-    std::fill(columns, columns + s.c.tables * k, 0);
-    s.directory->for_each([&](Segment& g) {
-      for (size_t i = 0; i < s.directory->capacity(g); ++i) {
-        if (g.tags[i] & 0x80) continue;
-        const Entry& e = g.entries[i];
-        ++lengths[e.table * (k + 1) + popcount(e.alive & kAliveMask)];
-        for (int j = 0; j < k; ++j) columns[e.table * k + j] += e.alive >> j & 1;
-      }
-    });
-    return kOk;
-  });
-}
-// counts[32][k + 1]: rows by the logarithm (base 2, rounded down) of their optimizer steps, and length.
-i64 fiited_lengths_by_use(void* raw, i64* counts) {
-  return guarded(raw, [&](Handle&, Store& s) -> i64 {
-    if (!s.directory) return kBadArgument;
-    const int k = s.c.max_chunks;
-    std::fill(counts, counts + 32 * (k + 1), 0);
-    s.directory->for_each([&](Segment& g) {
-      for (size_t i = 0; i < s.directory->capacity(g); ++i) {
-        if (g.tags[i] & 0x80) continue;
-        const Entry& e = g.entries[i];
-        ++counts[(31 - __builtin_clz(e.updates | 1)) * (k + 1) + popcount(e.alive & kAliveMask)];
-      }
-    });
-    return kOk;
-  });
-}
-// Per id: alive bitmap (-1: not resident) and k utilities in today's scale.
-i64 fiited_inspect(void* raw, i32 table, const i64* ids, i64 n, i32* alive, float* utils, i64* touched) {
-  return guarded(raw, [&](Handle&, Store& s) -> i64 {
-    for (i64 i = 0; i < n; ++i) {
-      Row r{};
-      r.table = u16(table);
-      r.v = s.c.layout == kDense ? u64(ids[i] + s.dense_offset[table]) : virtual_row(s.tables[table], u64(ids[i]));
-      s.resolve(r);
-      alive[i] = r.e ? r.e->alive & kAliveMask : -1;
-      touched[i] = r.e ? r.e->touched : -1;
-      for (int j = 0; j < s.c.max_chunks; ++j) utils[i * s.c.max_chunks + j] = r.e ? float(std::fabs(r.u[j]) / s.scale) : 0.0f;
-    }
-    return kOk;
-  });
-}
 i64 fiited_pin(void* raw, i32 table, const i64* ids, i64 n, i32 pin) {
   return guarded(raw, [&](Handle&, Store& s) -> i64 {
     i64 fresh = 0;
@@ -407,4 +356,5 @@ i64 fiited_pin(void* raw, i32 table, const i64* ids, i64 n, i32 pin) {
 
 }  // extern "C"
 
+#include "fiited_report.h"
 #include "fiited_transfer.h"

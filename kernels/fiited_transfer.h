@@ -31,7 +31,7 @@ fiited::i64 fiited_pull(void* raw, const fiited::u64* keys, const fiited::u16* t
       if (train) { ++s.n.lookups; if (r.e) ++s.n.hits; else s.saw_row(r.v, r.table); }
       alive[i] = r.alive;
       if (!r.e) continue;
-      each_chunk(s, r, [&](int, const float* w) { std::memcpy(out, w, size_t(s.c.chunk) * 4); out += s.c.chunk; });
+      each_chunk(s, r, [&](int, const u8* w) { s.read_weights(out, w, s.c.chunk); out += s.c.chunk; });
     }
     return out - values;
   });
@@ -102,9 +102,10 @@ fiited::i64 fiited_export(void* raw, fiited::u64 low, fiited::u64 high, fiited::
         entries[rows] = *f.entry;
         entries[rows].slot = 0;
         for (int j = 0; j < k; ++j) utils[rows * k + j] = std::fabs(f.util[j]);
-        const int stride = s.state_stride(*f.entry);
-        each_chunk(s, r, [&](int, const float* w) {
-          for (int part = 0; part <= s.states; ++part, values += C) std::memcpy(values, w + part * stride, size_t(C) * 4);
+        each_chunk(s, r, [&](int j, const u8* w) {
+          s.read_weights(values, w, C);
+          values += C;
+          for (int part = 0; part < s.states; ++part, values += C) std::memcpy(values, s.state_at(r, j, part), size_t(C) * 4);
         });
         ++rows;
       }
@@ -141,14 +142,14 @@ fiited::i64 fiited_import(void* raw, const fiited::Entry* entries, const float* 
       s.pinned += (from.alive & kPinned) ? 1 : 0;
       Row r{f.entry->key, f.entry, f.util, nullptr, f.refs, 0, 0, f.entry->table, u16(f.entry->alive & kAliveMask)};
       if (s.c.layout == kSlabs) r.w = s.pool->at(f.entry->slot, popcount(want));
-      const int stride = s.state_stride(*f.entry);
       int at = 0;
       for (u32 m = bits; m; m &= m - 1, ++at) {
         const int j = __builtin_ctz(m);
         if (!(want >> j & 1)) continue;
-        float* w = s.chunk_at(r, j);
-        for (int part = 0; part <= s.states; ++part)
-          std::memcpy(w + part * stride, row_values + (i64(at) * (1 + s.states) + part) * C, size_t(C) * 4);
+        const float* from_chunk = row_values + i64(at) * (1 + s.states) * C;
+        s.write_weights(s.chunk_at(r, j), from_chunk, C);
+        for (int part = 0; part < s.states; ++part)
+          std::memcpy(s.state_at(r, j, part), from_chunk + (part + 1) * C, size_t(C) * 4);
       }
       ++rows;
     }
@@ -191,29 +192,6 @@ fiited::i64 fiited_queue(void* raw, fiited::i32 set, fiited::Candidate* items, f
     return i64(s.queue.size());
   });
 }
-// What only the record needs: totals[11], HyperLogLog registers [tables][4096], signatures[4096] of
-// rows that lost chunks lately. `set` = 0 reads, 1 writes.
-fiited::i64 fiited_history(void* raw, fiited::i32 set, fiited::i64* totals, fiited::u8* registers, fiited::u32* signatures) {
-  using namespace fiited;
-  return guarded(raw, [&](Handle&, Store& s) -> i64 {
-    if (!s.sketch) return kBadArgument;
-    Counters& n = s.n;
-    i64* const mine[] = {&n.admitted, &n.removed, &n.grown, &n.evicted, &n.refused, &n.regret, &n.nonfinite,
-                         &n.lookups, &n.hits, &s.sketch->hits_, &s.sketch->misses_};
-    for (i64* one : mine) {
-      if (set) *one = *totals++;
-      else *totals++ = *one;
-    }
-    for (std::vector<u8>& table : s.registers) {
-      if (set) std::copy(registers, registers + table.size(), table.begin());
-      else std::copy(table.begin(), table.end(), registers);
-      registers += table.size();
-    }
-    if (set) std::copy(signatures, signatures + s.evicted_lately.size(), s.evicted_lately.begin());
-    else std::copy(s.evicted_lately.begin(), s.evicted_lately.end(), signatures);
-    return kOk;
-  });
-}
 // Chunks alive on other shards, at load time.
 fiited::i64 fiited_elsewhere(void* raw, fiited::i64 chunks) {
   using namespace fiited;
@@ -223,7 +201,7 @@ fiited::i64 fiited_dense_rows(void* raw, fiited::i32 table, const fiited::i64* i
   using namespace fiited;   // write weights of a dense store: [n][D]
   return guarded(raw, [&](Handle&, Store& s) -> i64 {
     const size_t D = size_t(s.tables[table].chunks) * s.c.chunk;
-    for (i64 i = 0; i < n; ++i) std::memcpy(s.dense_row(s.dense_offset[table] + ids[i]), values + size_t(i) * D, D * 4);
+    for (i64 i = 0; i < n; ++i) s.write_weights(s.dense_row(s.dense_offset[table] + ids[i]), values + size_t(i) * D, int(D));
     return kOk;
   });
 }

@@ -36,7 +36,7 @@ enum Status {
 // Filled by the caller through ctypes: keep in step with raysys/training/fiited/native.py.
 struct Config {
   i32 tables, chunk, max_chunks, layout, optimizer, utility, lifo, admit_after, min_alive, init;
-  i32 poison, by_table;
+  i32 poison, by_table, half;
   i64 slots, page_bytes, sketch_cells, budget_bytes;
   u64 seed;
   float frequency_power, exploration, gamma, hysteresis, churn_cap, slack;

@@ -28,6 +28,7 @@ class TrainConfig:
         guard_tol: tolerated rise of log-loss when marginal chunks are hidden; 0 turns the quality
             guard off (local training only).
         utility, gamma, interval, optimizer, lr: of the embedding rows (docs/fiited.md).
+        weights: "fp32", or "bf16" for half the bytes a chunk.
         cadence: "auto" is continuous locally and interval over shards.
         dense_lr: of the dense net (Adam).
         batch, epochs: samples per step over all workers; passes over the log.
@@ -59,6 +60,7 @@ class TrainConfig:
     cadence: Literal["auto", "continuous", "interval"] = "auto"
     optimizer: str = "rowwise_adagrad"
     lr: float = 0.05
+    weights: Literal["fp32", "bf16"] = "fp32"
     dense_lr: float = 0.005
     batch: int = 2048
     epochs: int = 1
@@ -114,7 +116,8 @@ class TrainConfig:
         return FiitedConfig(
             chunk=self.chunk, budget_ratio=None if bytes_ else self.prune, budget_bytes=bytes_,
             utility=self.utility, gamma=self.gamma, cadence=cadence, interval=self.interval,
-            optimizer=self.optimizer, lr=self.lr, id_space="bits", seed=self.seed,
+            optimizer=self.optimizer, lr=self.lr, weights=self.weights, id_space="bits",
+            seed=self.seed,
         )  # fmt: skip
 
     def tables(self, fields: tuple[str, ...]) -> tuple[TableSpec, ...]:

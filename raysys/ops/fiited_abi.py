@@ -24,6 +24,7 @@ LAYOUTS = {"slabs": 0, "chunked": 1, "dense": 2}
 OPTIMIZERS = {"sgd": 0, "rowwise_adagrad": 1, "adagrad": 2, "adam": 3}
 OPTIMIZER_STATES = {"sgd": 0, "rowwise_adagrad": 0, "adagrad": 1, "adam": 2}
 UTILITIES = {"freq_grad": 0, "grad": 1, "freq": 2, "saliency": 3}
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
 INITS = {"uniform": 0, "constant": 1, "normal": 2, "zeros": 3}
 
 # Negative answers of the C interface.
@@ -64,7 +65,7 @@ class StoreConfig(ctypes.Structure):
     _fields_ = [
         *_int_fields(
             "tables chunk max_chunks layout optimizer utility lifo admit_after min_alive init"
-            " poison by_table",
+            " poison by_table half",
             ctypes.c_int32,
         ),
         *_int_fields("slots page_bytes sketch_cells budget_bytes", ctypes.c_int64),

@@ -55,6 +55,37 @@ def uniform(seed: int, indices: U64) -> F32:
     return (mixed >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
+def noise_seed(v: int, seed: int, step: int) -> int:
+    """Seed of a row's rounding noise at a step; ``noise_seed`` of ``fiited_half.h``."""
+    return mix(v ^ ((seed + (step + 1) * abi.GOLDEN) & MASK)) >> 32
+
+
+def round_noisy(values: F32, seed: int, first: int) -> F32:
+    """Stochastic rounding to bfloat16, as fp32: elements ``first``, ``first + 1``, ... of a row.
+
+    The expected value is exact: 16 uniform random bits are added below the last bit that stays.
+    """
+    element = np.arange(first, first + len(values), dtype=np.uint32)
+    h = element // np.uint32(2) * np.uint32(0x9E3779B9) + np.uint32(seed)
+    h ^= h >> np.uint32(16)
+    h *= np.uint32(0x21F0AAAD)
+    h ^= h >> np.uint32(15)
+    h *= np.uint32(0xD35A2D97)
+    h ^= h >> np.uint32(15)
+    noise = np.where(element % 2 == 1, h >> np.uint32(16), h & np.uint32(0xFFFF))
+    return _upper_half(np.ascontiguousarray(values, np.float32).view(np.uint32) + noise)
+
+
+def round_nearest(values: F32) -> F32:
+    """To the nearest bfloat16, ties to even, as fp32; for finite values."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return _upper_half(bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1)))
+
+
+def _upper_half(bits: npt.NDArray[np.uint32]) -> F32:
+    return np.asarray((bits & np.uint32(0xFFFF0000)).view(np.float32))
+
+
 def dot_chunks(a: F32, b: F32, lanes: int) -> F32:
     """Inner products over the last axis of [..., C], in the kernel's order."""
     shape = (*a.shape[:-1], a.shape[-1] // lanes, lanes)

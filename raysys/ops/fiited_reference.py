@@ -258,15 +258,15 @@ class ReferenceEngine(ReferenceRows):
 
     def counters(self) -> dict[str, float]:
         clock = self.clock_
-        per_row = 32 + 4 * self.c.max_chunks * (1 + self.c.chunk * (1 + self.states))
+        per_chunk = self.c.chunk * ((2 if self.c.half else 4) + 4 * self.states)
         numbers = abi.Counters().as_dict() | self.n
         return numbers | {
             "steps": clock.step,
             "round": clock.round,
             "rows": len(self.rows),
             "alive": self.alive,
-            "pool_mapped": len(self.rows) * per_row,
-            "pool_live": self.alive * self.c.chunk * 4 * (1 + self.states),
+            "pool_mapped": len(self.rows) * (32 + self.c.max_chunks * (4 + per_chunk)),
+            "pool_live": self.alive * per_chunk,
             "sketch_bytes": self.sketch_table.cells.nbytes,
             "sketch_hits": self.sketch_table.hits,
             "sketch_misses": self.sketch_table.misses,

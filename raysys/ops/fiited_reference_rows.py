@@ -18,6 +18,9 @@ from raysys.ops.fiited_arithmetic import (
     ReferenceSketch,
     dot_chunks,
     mix,
+    noise_seed,
+    round_nearest,
+    round_noisy,
     uniform,
     virtual_row,
 )
@@ -233,12 +236,14 @@ class ReferenceRows:
             shrink = clip / np.sqrt(total)
             gradient, square = gradient * shrink, square * (shrink * shrink)
             kept *= shrink * shrink
-        self._step(row, gradient, square, kept, count, lr, unit)
+        noise = noise_seed(key[1], self.c.seed, self.clock_.step) if self.c.half else 0
+        self._step(row, noise, gradient, square, kept, count, lr, unit)
         return True
 
     def _step(
         self,
         row: ReferenceRow,
+        noise: int,
         g: F32,
         square: F32,
         kept: np.float32,
@@ -260,6 +265,8 @@ class ReferenceRows:
                 if self.c.weight_decay > 0:
                     grad = grad + np.float32(self.c.weight_decay) * weights
                 self._step_chunk(row, row.values[j], grad, lr, step)
+                if self.c.half:
+                    row.values[j, 0] = round_noisy(row.values[j, 0], noise, j * self.c.chunk)
             more = self._utility_step(count, np.sqrt(square[j]), dot, alive, unit)
             row.utility[j] += more * np.float32(self.clock_.scale)
         row.touched = self.clock_.step
@@ -335,7 +342,8 @@ class ReferenceRows:
             if (want ^ row.alive) >> j & 1:
                 row.values[j] = 0
                 if want >> j & 1 and fresh:
-                    row.values[j, 0] = self._initial(key, j)
+                    first = self._initial(key, j)
+                    row.values[j, 0] = round_nearest(first) if self.c.half else first
         more = (want & ~row.alive).bit_count()
         fewer = (row.alive & ~want).bit_count()
         self.alive += more - fewer

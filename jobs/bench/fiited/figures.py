@@ -23,7 +23,8 @@ from raysys.report.figures import INK
 
 Rows = list[dict[str, Any]]
 NAMES = {
-    "full": "full width", "chunks": "FIITED", "rows": "whole rows", "frequency": "frequency only",
+    "full": "full width", "chunks": "FIITED", "chunks bf16": "FIITED, bfloat16",
+    "rows": "whole rows", "frequency": "frequency only",
     "uniform": "uniform width", "hashing": "hashing trick",
     "quotient_remainder": "quotient-remainder",
 }  # fmt: skip
@@ -41,7 +42,9 @@ def load(folder: str) -> Rows:
     for path in sorted(Path(folder).glob("fiited-*.json")):
         piece = json.loads(path.read_text(encoding="utf-8"))
         if "method" in piece["key"] and isinstance(piece["result"], dict):
-            found.append({"signal": "movielens"} | piece["key"] | piece["result"])
+            row = {"signal": "movielens", "weights": "fp32"} | piece["key"] | piece["result"]
+            row["method"] += " bf16" if row["weights"] == "bf16" else ""
+            found.append(row)
     if not found:
         raise DataError(folder, "holds no runs", "Run the benchmark with --partial FOLDER")
     return found
@@ -130,7 +133,8 @@ def bytes_plot(rows: Rows) -> Plot:
         if method == "full":
             continue
         sizes, aucs = [p[1] for p in some], [p[2] for p in some]
-        axes.plot(sizes, aucs, "o-", color=_color(method), label=NAMES[method], markersize=5)
+        style = "s--" if method.endswith("bf16") else "o-"
+        axes.plot(sizes, aucs, style, color=_color(method), label=NAMES[method], markersize=5)
     if "full" in points:
         _, size, auc = points["full"][0]
         axes.axhline(auc, color=INK, linestyle=":", linewidth=1)
@@ -205,7 +209,7 @@ def drift_plot(rows: Rows) -> Plot:
 
 def _color(method: str) -> str:
     """The same in every figure; the reference in the colour of the text."""
-    return INK if method == "full" else series_color(_rank(method) - 1)
+    return INK if method == "full" else series_color(max(_rank(method) - 2, 0))
 
 
 def _rank(method: str) -> int:

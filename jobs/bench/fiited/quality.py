@@ -6,7 +6,7 @@ import functools
 import itertools
 import statistics
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ class Run:
     ratio: float = 0.0
     utility: str = "freq_grad"
     gamma: float = 0.9
+    weights: Literal["fp32", "bf16"] = "fp32"
     full_stream: bool = False
 
     def stream(self) -> StreamConfig:
@@ -55,7 +56,9 @@ class Run:
         torch.set_num_threads(1)
         torch.manual_seed(self.seed)
         config = self.stream()
-        settings = replace(BASE, seed=self.seed, utility=self.utility, gamma=self.gamma)
+        settings = replace(
+            BASE, seed=self.seed, utility=self.utility, gamma=self.gamma, weights=self.weights
+        )
         embedding = build(self.method, config.rows, DIM, self.ratio, settings)
         stream = PlantedStream(config)
         record = run(stream, embedding, DLRM(len(config.rows), embedding.width))
@@ -75,7 +78,7 @@ def _summary(record: Record, embedding: Embedding, stream: PlantedStream) -> dic
     }
     if not store.dense:
         stats = store_statistics(store)
-        names = ("rho", "rho_bytes", "pool_mapped", "directory_bytes", "sketch_bytes")
+        names = ("rho", "rho_bytes", "pool_mapped", "pool_live", "directory_bytes", "sketch_bytes")
         found |= {name: stats[name] for name in (*names, "scratch_bytes", "rows_seen", "rows")}
         found["value_kept"] = _value_kept(embedding, stream)
         found["lengths_by_popularity"] = _lengths_by_popularity(embedding, stream)
@@ -123,6 +126,37 @@ def auc_loss(name: str, ratio: float, profile: Profile) -> Claim:
         baseline=Baseline(name="full width", value=0.0),
         samples=samples,
         seeds=seeds,
+    )
+
+
+def bf16_auc_loss(profile: Profile) -> Claim:
+    """AUC lost by bfloat16 weights against fp32 ones, as many chunks each: the largest of two
+    streams and two budgets; the samples have the pool's bytes."""
+    samples: dict[str, Any] = {}
+    losses = []
+    for signal, ratio in itertools.product(SIGNALS, (0.75, 0.9)):
+        wide = _runs(profile, signal, "chunks", ratio)
+        half = _runs(profile, signal, "chunks", ratio, weights="bf16")
+        differences = [w["late"] - h["late"] for w, h in zip(wide, half)]
+        losses.append(statistics.mean(differences))
+        samples[f"{signal} {ratio:g}"] = {
+            "fp32": [w["late"] for w in wide],
+            "bf16": [h["late"] for h in half],
+            "losses": differences,
+            **{
+                f"{part} {name}": some[0][part]
+                for name, some in (("fp32", wide), ("bf16", half))
+                for part in ("bytes", "pool_live")
+            },
+        }
+    return Claim(
+        name="bf16_auc_loss",
+        value=max(losses),
+        unit="AUC",
+        better="lower",
+        baseline=Baseline(name="fp32 weights", value=0.0),
+        samples=samples,
+        seeds=seeds_of(profile),
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from raysys.errors import ConfigError
 from raysys.training.fiited.bag import FiitedEmbeddingBag
 from raysys.training.fiited.config import FiitedConfig, TableSpec
-from raysys.training.fiited.metrics import full_row_bytes, mapped_bytes
+from raysys.training.fiited.metrics import mapped_bytes
 from raysys.training.fiited.store import FiitedStore
 
 METHODS = ("full", "chunks", "rows", "frequency", "uniform", "hashing", "quotient_remainder")
@@ -63,7 +63,9 @@ class Embedding(nn.Module):
 def _bytes(store: FiitedStore) -> int:
     if not store.dense:
         return mapped_bytes(store)
-    rows = sum(table.rows * full_row_bytes(store.config, table.dim) for table in store.tables)
+    config = store.config
+    rowwise = 4 if config.optimizer == "rowwise_adagrad" else 0
+    rows = sum(table.rows * (table.dim * config.weight_bytes + rowwise) for table in store.tables)
     return rows + int(store.engine.counters()["scratch_bytes"])
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 from raysys.config import check, check_choice, check_range
 from raysys.errors import ConfigError
 from raysys.machine import memory_bytes
-from raysys.ops.fiited_abi import INITS, MAX_CHUNKS, OPTIMIZER_STATES, UTILITIES
+from raysys.ops.fiited_abi import INITS, MAX_CHUNKS, OPTIMIZER_STATES, UTILITIES, WEIGHT_BYTES
 
 MAX_DIM = 4096
 
@@ -67,6 +67,8 @@ class FiitedConfig:
         admit_after: sightings before a row gets memory once the pool is 80% full; 0 creates rows
             at their first lookup, at full width, while there is room.
         min_alive: rounds for which a grown chunk is safe.
+        weights: number format of stored weights, "fp32" or "bf16"; gradients, sums and optimizer
+            state are fp32 either way, and bf16 weights are rounded stochastically at each step.
         init, init_scale: "uniform" draws from +-init_scale/sqrt(D).
         optimizer, lr, eps, beta1, beta2, weight_decay, clip, acc0: the fused update; ``clip`` is
             the largest norm of a row's gradient, 0 for none.
@@ -92,6 +94,7 @@ class FiitedConfig:
     slack: float = 0.01
     admit_after: int = 2
     min_alive: int = 1
+    weights: Literal["fp32", "bf16"] = "fp32"
     init: str = "uniform"
     init_scale: float = 1.0
     optimizer: str = "rowwise_adagrad"
@@ -119,6 +122,7 @@ class FiitedConfig:
         check_choice(self, "utility", tuple(UTILITIES))
         check_choice(self, "optimizer", tuple(OPTIMIZER_STATES))
         check_choice(self, "init", tuple(INITS))
+        check_choice(self, "weights", tuple(WEIGHT_BYTES))
         self._check_budget()
         check_range(self, "frequency_power", 0, 4)
         check_range(self, "exploration", 0, 1e6)
@@ -166,6 +170,11 @@ class FiitedConfig:
         """Optimizer states per weight."""
         return OPTIMIZER_STATES[self.optimizer]
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a stored weight with its optimizer states."""
+        return WEIGHT_BYTES[self.weights] + 4 * self.states
+
 
 def memory_limit_bytes() -> int:
     """Memory that this process may use: the cgroup's limit or the machine's memory."""
@@ -197,7 +206,7 @@ def check_tables(config: FiitedConfig, tables: tuple[TableSpec, ...]) -> None:
     slots = budget_slots(config, tables)
     if slots < len(tables):
         raise ConfigError("budget", slots, f"at least one chunk per table ({len(tables)})")
-    needed = slots * config.chunk * 4 * (1 + config.states)
+    needed = slots * config.chunk * config.weight_bytes
     if config.budget_bytes is None and needed > memory_limit_bytes():
         raise ConfigError("budget", needed, f"at most {memory_limit_bytes()} bytes of memory")
 
@@ -207,7 +216,7 @@ def budget_slots(config: FiitedConfig, tables: tuple[TableSpec, ...]) -> int:
     if config.budget_slots is not None:
         return config.budget_slots
     if config.budget_bytes is not None:
-        return config.budget_bytes // (config.chunk * 4 * (1 + config.states))
+        return config.budget_bytes // (config.chunk * config.weight_bytes)
     assert config.budget_ratio is not None
     full = sum(table.rows * (table.dim // config.chunk) for table in tables)
     return int(full * (1 - config.budget_ratio))

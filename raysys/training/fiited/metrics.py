@@ -98,7 +98,7 @@ def mapped_bytes(store: FiitedStore) -> int:
 
 
 def full_row_bytes(config: FiitedConfig, dim: int) -> int:
-    """Bytes of an unpruned row with its optimizer state, without any index."""
+    """Bytes of an unpruned fp32 row with its optimizer state, without any index."""
     rowwise = 4 if config.optimizer == "rowwise_adagrad" else 0
     return dim * 4 * (1 + config.states) + rowwise
 

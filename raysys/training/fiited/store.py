@@ -318,7 +318,7 @@ def store_config(
     config: FiitedConfig, tables: tuple[TableSpec, ...], slots: int, dense: bool = False
 ) -> tuple[abi.StoreConfig, list[abi.TableConfig]]:
     """The structures of the C interface for a configuration."""
-    chunk_bytes = config.chunk * 4 * (1 + config.states)
+    chunk_bytes = config.chunk * config.weight_bytes
     layout = "dense" if dense else "slabs" if config.shape == "prefix" else "chunked"
     store = abi.StoreConfig(
         tables=len(tables),
@@ -333,6 +333,7 @@ def store_config(
         init=abi.INITS[config.init],
         poison=int(config.poison),
         by_table=int(config.scope == "table"),
+        half=int(config.weights == "bf16"),
         slots=slots,
         page_bytes=config.page_bytes or _page_bytes(slots * chunk_bytes, chunk_bytes * 15),
         sketch_cells=config.sketch_cells or min(slots, 2**28),

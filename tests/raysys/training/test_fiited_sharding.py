@@ -87,10 +87,12 @@ def state(made: list[ShardCore]) -> dict[tuple[int, int], bytes]:
 
 
 @pytest.mark.parametrize("shards", [2, 3])
-@pytest.mark.parametrize("utility", ["freq_grad", "saliency"])
-def test_any_number_of_shards_gives_the_same_bits(shards: int, utility: str) -> None:
+@pytest.mark.parametrize(
+    "fields", [{"utility": "freq_grad"}, {"utility": "saliency"}, {"weights": "bf16"}]
+)
+def test_any_number_of_shards_gives_the_same_bits(shards: int, fields: dict[str, str]) -> None:
     data = batches(40)
-    one, many = cores(1, utility=utility), cores(shards, utility=utility)
+    one, many = cores(1, **fields), cores(shards, **fields)
     first, second = embedding(one), embedding(many)
     for mine, theirs in zip(train(first, data), train(second, data)):
         assert np.array_equal(mine, theirs)
