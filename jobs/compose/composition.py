@@ -47,7 +47,8 @@ class Composition(Generic[ConfigT]):
         config: its dataclass, with ``seed`` (the first) and ``seeds`` (how many).
         pieces: independent measurements of a config.
         rows: a piece's result as flat rows with ``arm``, ``seed``, ``data`` and the measures.
-        measures: what tables and plots show. notes: small print of the page.
+        measures: what tables and plots show, where the rows have them.
+        notes: small print of the page.
     """
 
     name: str
@@ -82,7 +83,8 @@ def run_composition(
         raise DataError("data", f"nodes saw different ones: {'; '.join(data)}", remedy)
     if ROWS not in context.run.tables():  # a finished run that is resumed has them
         context.run.append_rows(ROWS, found)
-    means = means_of(found, composition.measures)
+    measures = [measure for measure in composition.measures if measure.name in found[0]]
+    means = means_of(found, measures)
     result = {
         "composition": composition.name,
         "config": config_to_dict(config),
@@ -92,8 +94,8 @@ def run_composition(
         "rows": found,
     }
     context.run.write_json("result.json", result)
-    lines = list(_lines(means, composition.measures))
-    section = _section(composition, found, means)
+    lines = list(_lines(means, measures))
+    section = _section(composition, measures, found, means)
     page = render_page(composition.title, composition.problem, [section], context.run.uri)
     context.run.storage.write(REPORT, page.encode())
     return Summary(lines=lines, report=REPORT)
@@ -146,9 +148,11 @@ def _lines(means: dict[str, dict[str, float]], measures: Sequence[Measure]) -> I
 
 
 def _section(
-    composition: Composition[Any], rows: Sequence[Row], means: dict[str, dict[str, float]]
+    composition: Composition[Any],
+    measures: Sequence[Measure],
+    rows: Sequence[Row],
+    means: dict[str, dict[str, float]],
 ) -> Section:
-    measures = composition.measures
     headers = [measure.heading for measure in measures]
     by_arm: list[list[str | Cell]] = [
         [arm, *_cells(values, measures)] for arm, values in means.items()

@@ -59,6 +59,30 @@ def test_a_composition_writes_rows_result_and_page_and_goes_on(
     assert len(run.read_table("rows")) == 6
 
 
+def test_the_other_compositions_give_rows_of_every_arm(shared_ray: None, tmp_path: Path) -> None:
+    small = {
+        "ccs_in_lte_tuning": [
+            "blocks=32", "keeps=[0.5]", "tuning.base_epochs=1", "tuning.model.hidden=16",
+            "tuning.model.neurons=32", "tuning.model.layers=1", "tuning.model.heads=2",
+            "tuning.model.expert_size=8", "tuning.model.length=16", "tuning.model.held_out=4",
+        ],
+        "cohorts_in_ensemble": [
+            "planted.clients=40", "rounds=2", "per_round=10", "k=2", "scored=5", "labelled=5",
+        ],
+    }  # fmt: skip
+    arms = {
+        "ccs_in_lte_tuning": {"whole", "0.5 ccs", "0.5 random", "0.5 hardest"},
+        "cohorts_in_ensemble": {"one model", "Fed-ensemble", "Auxo alone", "cohort ensemble"},
+    }
+    for name, fields in small.items():
+        words = [word for field in fields for word in ("--set", field)]
+        run = tmp_path / name
+        assert command_line([name, *words, "--run-dir", str(run)]) == 0
+        means = json.loads((run / "result.json").read_text())["means"]
+        assert arms[name] <= set(means)
+        assert "<svg" in (run / "report.html").read_text()
+
+
 def test_the_list_names_what_is_here_and_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line(["list"]) == 0
     shown = capsys.readouterr().out
@@ -76,6 +100,10 @@ def test_the_list_names_what_is_here_and_elsewhere(capsys: pytest.CaptureFixture
         ("shared_fleet", {"participants": 5}, "participants"),
         ("kgt_in_clients", {"per_round": 200}, "per_round"),
         ("kgt_in_clients", {"hidden": ()}, "hidden"),
+        ("ccs_in_lte_tuning", {"blocks": 30}, "multiple of the batch"),
+        ("ccs_in_lte_tuning", {"keeps": (1.0,)}, "keeps"),
+        ("ccs_in_lte_tuning", {"beta": 0.9}, "beta"),
+        ("cohorts_in_ensemble", {"per_round": 5}, "per_round"),
     ],
 )
 def test_bad_input_is_refused(name: str, values: dict[str, object], text: str) -> None:
