@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import signal
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,11 @@ def _steps(kgt: KGT, x: torch.Tensor, y: torch.Tensor, ids: np.ndarray, count: i
 
 
 def resume_runs(kills: int) -> list[dict[str, Any]]:
-    """Kill training processes (SIGKILL) before and after a switch, resume, compare weights."""
+    """Kill training processes (SIGKILL), resume, compare weights.
+
+    At random steps before and after a switch, and once right after modules were released, where the
+    checkpoint still needs the cached rows that training has no more use for.
+    """
     rows = []
     rng = np.random.default_rng(0)
     for optimizer in ("sgd", "adamw"):
@@ -102,10 +108,10 @@ def resume_runs(kills: int) -> list[dict[str, Any]]:
         switches = schedule_of(events.rows)
         weights = {k: v.clone() for k, v in whole.model.state_dict().items()}
         whole.close()
-        for index in range(kills):
-            half = whole.total_steps // 2
-            low, high = (5, half) if index % 2 == 0 else (half, whole.total_steps - 5)
-            step = int(rng.integers(low, high))
+        half, last = whole.total_steps // 2, whole.total_steps - 5
+        ranges = [(5, half), (half, last)]
+        steps = [int(rng.integers(*ranges[index % 2])) for index in range(kills)]
+        for step in [*steps, _first_release(switches) + 1]:
             signalled, resumed = _killed_and_resumed(optimizer, step)
             same = all(torch.equal(weights[k], v) for k, v in resumed.model.state_dict().items())
             rows.append(
@@ -119,6 +125,13 @@ def resume_runs(kills: int) -> list[dict[str, Any]]:
             )
             resumed.close()
     return rows
+
+
+def _first_release(switches: Sequence[tuple[int, int]]) -> int:
+    """Step at which modules begin to train again."""
+    return next(
+        step for (_, before), (step, after) in itertools.pairwise(switches) if after < before
+    )
 
 
 def _resumable(optimizer: str, folder: str = "", log: EventSink = ignore) -> TrainLoop:

@@ -25,7 +25,14 @@ from torch import Tensor
 from raysys.errors import ConfigError, StorageError
 from raysys.training.kgt.config import CacheConfig
 from raysys.training.kgt.prefetch import Prefetcher
-from raysys.training.kgt.store import DTYPES, BoundaryStore, DirectoryLock, IntArray, StoreKey
+from raysys.training.kgt.store import (
+    DTYPES,
+    BoundaryStore,
+    DirectoryLock,
+    IntArray,
+    StoreKey,
+    delete_others,
+)
 
 # (inputs, upto, h, start) -> output of modules start .. upto - 1
 Compute = Callable[[Sequence[Tensor], int, Tensor | None, int], Tensor]
@@ -88,6 +95,11 @@ class ActivationCache:
         self._clock = clock
         self._lock = DirectoryLock(Path(config.directory))
         self._stores: list[BoundaryStore] = []
+        # A checkpoint is worth its rows: what the last two describe (the newest may not have
+        # reached the disk) outlives its use, else a run that resumes computes rows in other
+        # batches, and their last bits differ.
+        self._described: deque[set[str]] = deque(maxlen=2)
+        self._retired: list[BoundaryStore] = []
         self._boundary = 0
         # Boundaries since the last release, each with its precision: rows are rounded at every one
         # of them, so that converted and computed rows are the same.
@@ -108,8 +120,8 @@ class ActivationCache:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of rows on disk."""
-        return sum(store.used_bytes for store in self._stores)
+        """Bytes of rows on disk, those that only checkpoints may still need included."""
+        return sum(store.used_bytes for store in [*self._stores, *self._retired])
 
     def move(self, boundary: int) -> None:
         """The frozen prefix is now modules ``0 .. boundary - 1``; 0 forgets everything."""
@@ -269,9 +281,12 @@ class ActivationCache:
         return oldest if oldest is not None and oldest.key.boundary < self._boundary else None
 
     def _new_store(self, rows: Tensor) -> BoundaryStore:
-        return self._open_store(tuple(rows.shape[1:]), self._path[self._boundary], self._boundary)
+        shape, dtype = tuple(rows.shape[1:]), self._path[self._boundary]
+        return self._open_store(shape, dtype, self._boundary, fresh=True)
 
-    def _open_store(self, shape: tuple[int, ...], dtype: str, boundary: int) -> BoundaryStore:
+    def _open_store(
+        self, shape: tuple[int, ...], dtype: str, boundary: int, *, fresh: bool = False
+    ) -> BoundaryStore:
         key = StoreKey(
             boundary=boundary,
             version=self._version,
@@ -281,7 +296,12 @@ class ActivationCache:
             augmentation=self._augmentation,
         )
         store = BoundaryStore(
-            Path(self.config.directory), key, self._ids, self.config.budget_bytes, self._seed
+            Path(self.config.directory),
+            key,
+            self._ids,
+            self.config.budget_bytes,
+            self._seed,
+            fresh=fresh,
         )
         self._stores.append(store)
         return store
@@ -302,12 +322,22 @@ class ActivationCache:
         """Use the cache no more; training goes on by computing."""
         self.off_reason = reason
         self._stop_reading_ahead()
+        self._described.clear()
         self._drop(self._stores)
         self._stores = []
+        self._sweep()
 
     def _drop(self, stores: Sequence[BoundaryStore]) -> None:
-        for store in stores:
-            store.unlink()
+        self._retired += stores
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Delete retired rows that no checkpoint needs."""
+        needed = set[str]().union(*self._described)
+        for store in self._retired:
+            if store.key.name not in needed:
+                store.unlink()
+        self._retired = [store for store in self._retired if store.key.name in needed]
 
     def drain(self) -> None:
         """Wait for rows that are still being written."""
@@ -319,6 +349,8 @@ class ActivationCache:
         self.drain()
         for store in self._stores:
             store.flush()
+        self._described.append({store.key.name for store in self._stores})
+        self._sweep()
         return {
             "boundary": self._boundary,
             "version": self._version,
@@ -344,6 +376,8 @@ class ActivationCache:
             store = self._open_store(tuple(key["shape"]), key["dtype"], key["boundary"])
             store.restore(valid.numpy())
         self._path = dict(state["path"])
+        self._described.append({store.key.name for store in self._stores})
+        delete_others(Path(self.config.directory), self._described[-1])
 
     def close(self, *, keep: bool = False) -> None:
         """Release the directory; rows are deleted unless ``keep``. May be called twice."""
@@ -353,7 +387,8 @@ class ActivationCache:
             self._writer.shutdown()
             self._writer = None
         if not keep:
+            self._described.clear()
             self._drop(self._stores)
-        self._stores = []
+        self._stores, self._retired = [], []
         self._boundary = 0
         self._lock.close()

@@ -87,13 +87,21 @@ class BoundaryStore:
         ids: sorted unique ids of the whole data set (or of this worker's shard).
         budget_bytes: most bytes of rows; 0 keeps all ids.
         seed: draws the kept subset.
+        fresh: start from nothing, whatever files a killed job has left.
 
     Raises:
         StorageError: the disk is full or read-only; nothing is left behind.
     """
 
     def __init__(
-        self, directory: Path, key: StoreKey, ids: IntArray, budget_bytes: int = 0, seed: int = 0
+        self,
+        directory: Path,
+        key: StoreKey,
+        ids: IntArray,
+        budget_bytes: int = 0,
+        seed: int = 0,
+        *,
+        fresh: bool = False,
     ) -> None:
         self.key = key
         self.directory = directory
@@ -102,6 +110,8 @@ class BoundaryStore:
         rows, valid = self._paths()[:2]
         manifest = {**dataclasses.asdict(key), "rows": len(self.ids)}
         manifest["ids_crc"] = int(np.bitwise_xor.reduce(self.ids * 2654435761 % 2**32, initial=0))
+        if fresh:
+            self.unlink()
         try:
             self._open(rows, valid, json.dumps(manifest, sort_keys=True))
         except OSError as error:
@@ -200,6 +210,13 @@ class BoundaryStore:
             base.with_suffix(".valid"),
             base.with_suffix(".json"),
         )
+
+
+def delete_others(directory: Path, names: set[str]) -> None:
+    """Delete the stores of a directory that are not in ``names``: a killed job left them."""
+    for path in directory.glob("boundary-*"):
+        if path.suffix in (".rows", ".valid", ".json") and path.stem not in names:
+            path.unlink(missing_ok=True)
 
 
 def _reserve(path: Path, size: int) -> None:

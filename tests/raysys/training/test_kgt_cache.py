@@ -113,6 +113,51 @@ def test_unfreezing_forgets_and_the_directory_is_free_after_closing(tmp_path: Pa
     assert not list(tmp_path.glob("boundary*"))
 
 
+def doubled(inputs: Any, upto: int, h: Tensor | None, start: int) -> Tensor:
+    return 2 * inputs[0]
+
+
+def killed(cache: ActivationCache) -> None:
+    """Leave the files as a killed process does."""
+    cache._lock.close()
+
+
+def test_rows_that_a_checkpoint_describes_outlive_a_release(tmp_path: Path) -> None:
+    ids, x = np.arange(4), torch.ones(4, 2)
+    config = CacheConfig(directory=str(tmp_path))
+    cache = ActivationCache(config, ids, "a")
+    cache.move(1)
+    cache.gather(ids, [x], doubled)
+    state = cache.state_dict()
+    cache.move(0)  # and killed before the next checkpoint
+    killed(cache)
+    resumed = ActivationCache(config, ids, "a")
+    resumed.load_state_dict(state)
+    resumed.gather(ids, [x], doubled)
+    assert resumed.stats.hits == 4
+    resumed.move(0)
+    resumed.state_dict()  # may not reach the disk
+    assert list(tmp_path.glob("boundary*"))
+    resumed.state_dict()
+    assert not list(tmp_path.glob("boundary*"))
+    resumed.close()
+
+
+def test_rows_that_a_killed_job_left_are_never_read_by_another(tmp_path: Path) -> None:
+    ids, x = np.arange(4), torch.ones(4, 2)
+    config = CacheConfig(directory=str(tmp_path))
+    other = ActivationCache(config, ids, "a")
+    other.move(1)
+    other.gather(ids[:2], [x[:2]], lambda inputs, upto, h, start: 5 * inputs[0])
+    killed(other)
+    cache = ActivationCache(config, ids, "a")
+    cache.move(1)
+    assert torch.equal(cache.gather(ids, [x], doubled), 2 * x)
+    assert torch.equal(cache.gather(ids, [x], doubled), 2 * x)
+    assert cache.active
+    cache.close()
+
+
 def test_a_cache_that_does_not_pay_is_paused(tmp_path: Path) -> None:
     ticks = iter(range(1000))
     config = CacheConfig(directory=str(tmp_path), pays_below=0.8)
