@@ -70,6 +70,8 @@ def test_counts_go_on_after_a_resume(tmp_path: Path) -> None:
     for store in (one, other):
         train(store, 40, 70)
     assert counts(other) == counts(one)
+    clocks = checkpoint._clock(one.engine), checkpoint._clock(other.engine)
+    assert all(np.array_equal(clocks[0][name], clocks[1][name]) for name in clocks[0])
     assert counts(one)["regret"] > 0
     ours, whole = statistics(other), statistics(one)
     assert [ours[n] for n in ("rho", "hit_rate", "rows_seen", "sketch_hits")] == [
