@@ -49,7 +49,7 @@ class Case:
 
 def ccs_in_lte_tuning(profile: Profile) -> Claim:
     """Held-out nats of LTE tuned on a CCS coreset minus those on a random part, equal steps."""
-    blocks, keeps, seeds = profile.pick((512, (0.3,), range(1)), (2048, (0.1, 0.3), range(3)))
+    blocks, keeps, seeds = profile.pick((512, (0.3,), range(1)), (2048, (0.1, 0.3), range(5)))
     cases = [Case(seed=seed, blocks=blocks, keeps=keeps) for seed in seeds]
     rows = measure_pieces(profile.partial, [case.piece() for case in cases])
     table = _means(rows)
