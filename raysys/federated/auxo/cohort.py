@@ -38,6 +38,8 @@ FEWEST_VALUES = 3
 NEAR_BEST = 0.05
 LOW_AGREEMENT, LOW_ROUNDS = 0.7, 5
 RATIO_MEMORY = 512
+TOO_SMALL = "one part would be too small"
+ASIDE_ROUNDS = 40
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -100,6 +102,7 @@ class Cohort:
         self._last: list[View] = []
         self._literal = False
         self._low = 0
+        self._aside: dict[int, int] = {}  # number of parts: round in which one was too small
 
     @property
     def rejections(self) -> float:
@@ -185,7 +188,10 @@ class Cohort:
             shares=shares,
             verdict="",
         )
-        return dataclasses.replace(report, verdict=self._verdict(report, leaves))
+        verdict = self._verdict(report, leaves)
+        if verdict == TOO_SMALL:
+            self._aside[self.parts] = round_id
+        return dataclasses.replace(report, verdict=verdict)
 
     def _verdict(self, report: SplitReport, leaves: int) -> str:
         """The first condition that is not met, in the order in which they come to hold."""
@@ -201,7 +207,7 @@ class Cohort:
             "the parts are as scattered as the whole": gate == "corrected" and scattered,
             "the printed criterion is not met": gate == "literal" and not report.literal,
             "too few participants for so many parts": report.participants < parts * config.p_min,
-            "one part would be too small": min(report.shares, default=0.0) < config.min_share,
+            TOO_SMALL: min(report.shares, default=0.0) < config.min_share,
         }
         return next((text for text, holds in obstacles.items() if holds), "split")
 
@@ -217,21 +223,33 @@ class Cohort:
         if self._config.rules.k_choice == "stability" and round_id % STABILITY_EVERY == 0:
             for k, values in self._stability.items():
                 values.append(split_half_stability(self._points(view.model, unit, k), k, rng))
-            best = self._most_stable()
+            best = self._most_stable(round_id)
             if best != self.parts:
                 self._restart(best, table)
         if self._low >= LOW_ROUNDS:
             self._restart(self.parts, table)
 
-    def _most_stable(self) -> int:
+    def _most_stable(self, round_id: int) -> int:
         """The largest K that is stable enough and stands out; 0 for none.
 
         It stands out if its stability is close to the best, or above that of both its neighbours:
         where two of four groups are alike, two parts are stable before four are, three never. The
         largest K above a fixed bar would take five parts for four groups, since cutting one true
         group in two loses little stability.
+
+        A K with a part too small to stand alone (clients that send false labels are such a part)
+        would hold up the split of the others for ever; it is set aside for a while where another
+        K does.
         """
         means = {k: _mean(v) for k, v in self._stability.items() if len(v) >= FEWEST_VALUES}
+        usable = {
+            k: value
+            for k, value in means.items()
+            if round_id - self._aside.get(k, -ASIDE_ROUNDS) >= ASIDE_ROUNDS
+        }
+        return self._standing_out(usable) or self._standing_out(means)
+
+    def _standing_out(self, means: dict[int, float]) -> int:
         best = max(means.values(), default=0.0)
         return max(
             (
@@ -302,6 +320,7 @@ class Cohort:
             "coverage": np.array(self._coverage, dtype=np.float64),
             "participants": np.array(self._participants, dtype=np.float64),
             "rejections": np.array(self._rejections, dtype=np.float64),
+            "aside": np.array(list(self._aside.items()), dtype=np.int64).reshape(-1, 2),
             "terms": _ragged([t for t, _ in self._terms]),
             "terms.within": _ragged([w for _, w in self._terms]),
             **{f"stability.{k}": np.array(v) for k, v in self._stability.items() if v},
@@ -320,6 +339,7 @@ class Cohort:
         ):  # fmt: skip
             window.clear()
             window.extend(state[name].tolist())
+        self._aside = {int(k): int(at) for k, at in state["aside"]}
         self._terms.clear()
         self._terms.extend(zip(_rows(state["terms"]), _rows(state["terms.within"])))
         for k, values in self._stability.items():

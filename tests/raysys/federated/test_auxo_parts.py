@@ -223,7 +223,36 @@ def test_the_number_of_parts_is_one_that_stands_out(
     cohort = Cohort(0, None, 0, AuxoConfig(), 0)
     for k, value in stability.items():
         cohort._stability[k].extend([value] * 3)
-    assert cohort._most_stable() == parts
+    assert cohort._most_stable(0) == parts
+
+
+def ready_to_split(stability: dict[int, float], parts: int) -> Cohort:
+    """A cohort that only the size of its parts can keep from splitting."""
+    cohort = Cohort(0, None, 0, AuxoConfig(), 0)
+    for k, value in stability.items():
+        cohort._stability[k].extend([value] * 3)
+    cohort.parts = parts
+    cohort._agreement.extend([1.0] * 6)
+    cohort._coverage.extend([1.0] * 6)
+    return cohort
+
+
+def test_a_part_too_small_does_not_hold_up_the_others() -> None:
+    cohort = ready_to_split({3: 0.7, 4: 0.91, 5: 0.95}, 5)
+    assert cohort._most_stable(80) == 5
+    sizes = np.array([90, 90, 90, 90, 20])
+    assert cohort.decide(80, sizes, 1, 100.0).verdict == "one part would be too small"
+    assert cohort._most_stable(82) == 4
+    copy = Cohort(0, None, 0, AuxoConfig(), 0)
+    copy.load(cohort.state())
+    assert copy._most_stable(82) == 4
+    assert cohort._most_stable(120) == 5
+
+
+def test_a_small_part_waits_where_no_other_number_of_parts_is_stable() -> None:
+    cohort = ready_to_split({2: 0.95, 3: 0.5}, 2)
+    assert not cohort.decide(80, np.array([95, 5]), 1, 100.0).go
+    assert cohort._most_stable(82) == 2
 
 
 def test_a_long_sketch_gives_the_same_directions_and_forgets_those_of_a_split() -> None:
