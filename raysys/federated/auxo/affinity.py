@@ -92,6 +92,13 @@ class AffinityTable:
         found = self._label[rows, cohort] if len(self._label) else np.full(len(rows), NONE)
         return np.where(rows >= 0, found, NONE).astype(np.int64)
 
+    def part_sizes(self, cohort: int, parts: int) -> IntArray:
+        """Clients with each label of a cohort, int64 [parts]."""
+        if not parts:  # a pass over all records, for nothing
+            return np.zeros(0, dtype=np.int64)
+        labels = self._label[: self._used, cohort]
+        return np.bincount(labels[labels >= 0], minlength=parts)[:parts]
+
     def known(self, clients: IntArray) -> npt.NDArray[np.bool_]:
         """Which clients have a record."""
         there: npt.NDArray[np.bool_] = self._rows(clients) >= 0

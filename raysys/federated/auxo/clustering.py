@@ -58,7 +58,7 @@ def kmeans(
         # A point's own length shifts its distances alike.
         gap = (flat**2).sum(axis=1) - 2 * (points_nD @ flat.T)
         found = gap.reshape(n, len(moving), k).argmin(axis=2)
-        changed = (found == labels[:, moving]).mean(axis=0) < settled
+        changed = (found != labels[:, moving]).sum(axis=0) > n * (1 - settled)
         if not changed.any():
             break
         moving, found = moving[changed], found[:, changed]

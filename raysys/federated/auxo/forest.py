@@ -178,8 +178,7 @@ class Forest:
 
     def consider_split(self, round_id: int, cohort: Cohort) -> Anchor | None:
         """Decide before the server step; the anchor is what this round started from."""
-        labels = self.table.state()["label"][:, cohort.number]
-        sizes = np.bincount(labels[labels >= 0], minlength=cohort.parts)[: cohort.parts]
+        sizes = self.table.part_sizes(cohort.number, cohort.parts)
         leaves = len(self.tree.leaves)
         report = cohort.decide(round_id, sizes, leaves, cohort.participants)
         self.reports[cohort.number] = report

@@ -220,7 +220,7 @@ def test_two_cohorts_that_would_split_at_once_keep_to_the_most_cohorts(
     def eager(cohort: Cohort, report: SplitReport, leaves: int) -> str:
         return "too many" if leaves + 2 - 1 > 3 or cohort.parts != 2 else "split"
 
-    monkeypatch.setattr(Cohort, "_most_stable", lambda cohort: 2)
+    monkeypatch.setattr(Cohort, "_most_stable", lambda cohort, round_id: 2)
     monkeypatch.setattr(Cohort, "_verdict", eager)
     run_rounds(job, samples, job.round_id + 2)
     assert len(strategy.tree.leaves) == 3
