@@ -39,7 +39,7 @@ NEAR_BEST = 0.05
 LOW_AGREEMENT, LOW_ROUNDS = 0.7, 5
 RATIO_MEMORY = 512
 TOO_SMALL = "one part would be too small"
-ASIDE_ROUNDS = 40
+SMALL_ROUNDS, ASIDE_ROUNDS = 20, 40
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -102,7 +102,9 @@ class Cohort:
         self._last: list[View] = []
         self._literal = False
         self._low = 0
-        self._aside: dict[int, int] = {}  # number of parts: round in which one was too small
+        # By number of parts: rounds with one too small, and the round in which that was too many.
+        self._small: dict[int, int] = {}
+        self._aside: dict[int, int] = {}
 
     @property
     def rejections(self) -> float:
@@ -190,8 +192,15 @@ class Cohort:
         )
         verdict = self._verdict(report, leaves)
         if verdict == TOO_SMALL:
-            self._aside[self.parts] = round_id
+            self._note_small(round_id)
         return dataclasses.replace(report, verdict=verdict)
+
+    def _note_small(self, round_id: int) -> None:
+        """Few labels make true parts look small at first, so patience comes before the verdict."""
+        self._small[self.parts] = self._small.get(self.parts, 0) + 1
+        if self._small[self.parts] >= SMALL_ROUNDS:
+            del self._small[self.parts]
+            self._aside[self.parts] = round_id
 
     def _verdict(self, report: SplitReport, leaves: int) -> str:
         """The first condition that is not met, in the order in which they come to hold."""
@@ -320,6 +329,7 @@ class Cohort:
             "coverage": np.array(self._coverage, dtype=np.float64),
             "participants": np.array(self._participants, dtype=np.float64),
             "rejections": np.array(self._rejections, dtype=np.float64),
+            "small": np.array(list(self._small.items()), dtype=np.int64).reshape(-1, 2),
             "aside": np.array(list(self._aside.items()), dtype=np.int64).reshape(-1, 2),
             "terms": _ragged([t for t, _ in self._terms]),
             "terms.within": _ragged([w for _, w in self._terms]),
@@ -339,6 +349,7 @@ class Cohort:
         ):  # fmt: skip
             window.clear()
             window.extend(state[name].tolist())
+        self._small = {int(k): int(rounds) for k, rounds in state["small"]}
         self._aside = {int(k): int(at) for k, at in state["aside"]}
         self._terms.clear()
         self._terms.extend(zip(_rows(state["terms"]), _rows(state["terms.within"])))
