@@ -247,16 +247,13 @@ class Cohort:
         group in two loses little stability.
 
         A K with a part too small to stand alone (clients that send false labels are such a part)
-        would hold up the split of the others for ever; it is set aside for a while where another
-        K does.
+        would hold up the split of the others for ever; it and every finer K are set aside for a
+        while where a coarser one does.
         """
         means = {k: _mean(v) for k, v in self._stability.items() if len(v) >= FEWEST_VALUES}
-        usable = {
-            k: value
-            for k, value in means.items()
-            if round_id - self._aside.get(k, -ASIDE_ROUNDS) >= ASIDE_ROUNDS
-        }
-        return self._standing_out(usable) or self._standing_out(means)
+        aside = [k for k, since in self._aside.items() if round_id - since < ASIDE_ROUNDS]
+        coarser = {k: value for k, value in means.items() if k < min(aside, default=k + 1)}
+        return self._standing_out(coarser) or self._standing_out(means)
 
     def _standing_out(self, means: dict[int, float]) -> int:
         best = max(means.values(), default=0.0)

@@ -238,7 +238,7 @@ def ready_to_split(stability: dict[int, float], parts: int) -> Cohort:
 
 
 def test_a_part_too_small_does_not_hold_up_the_others() -> None:
-    cohort = ready_to_split({3: 0.7, 4: 0.91, 5: 0.95}, 5)
+    cohort = ready_to_split({3: 0.7, 4: 0.91, 5: 0.95, 6: 0.89}, 5)
     assert cohort._most_stable(80) == 5
     sizes = np.array([90, 90, 90, 90, 20])
     for round_id in range(61, 81):
