@@ -16,7 +16,7 @@ from raysys.ops.native import runnable_isas
 from raysys.training.fiited import checkpoint
 from raysys.training.fiited.config import FiitedConfig, TableSpec
 from raysys.training.fiited.store import FiitedStore
-from tests.ops.test_fiited_reference import TABLES, assert_equal, build, train
+from tests.ops.test_fiited_reference import TABLES, assert_equal, build, train, trained_alike
 
 FLOATS = st.floats(-(2.0**90), 2.0**90, width=32, allow_subnormal=False)
 
@@ -61,13 +61,8 @@ def test_rounding_is_unbiased() -> None:
     ],
 )
 def test_compiled_store_equals_reference(shape: str, optimizer: str, utility: str) -> None:
-    fields = {"shape": shape, "optimizer": optimizer, "utility": utility, "weights": "bf16"}
-    stores = [build(engine, interval=5, **fields) for engine in ("native", "reference")]
-    outputs = [train(store, 24) for store in stores]
-    assert all(np.array_equal(a, b) for a, b in zip(*outputs))
-    assert stores[0].engine.counters()["evicted"] > 0
-    assert all(is_bfloat(v) for v in vectors(stores[0]))
-    assert_equal(*stores)
+    store = trained_alike(shape=shape, optimizer=optimizer, utility=utility, weights="bf16")
+    assert all(is_bfloat(v) for v in vectors(store))
 
 
 @pytest.mark.parametrize("chunk", [4, 8])

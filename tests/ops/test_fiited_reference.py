@@ -60,6 +60,16 @@ def assert_equal(one: FiitedStore, other: FiitedStore) -> None:
         assert np.array_equal(one.utility(table.name, ids), other.utility(table.name, ids))
 
 
+def trained_alike(**fields: Any) -> FiitedStore:
+    """Train both engines, check that they give the same bits; the compiled one."""
+    stores = [build(engine, interval=5, **fields) for engine in ("native", "reference")]
+    outputs = [train(store, 24) for store in stores]
+    assert all(np.array_equal(a, b) for a, b in zip(*outputs))
+    assert stores[0].engine.counters()["evicted"] > 0
+    assert_equal(*stores)
+    return stores[0]
+
+
 @pytest.mark.parametrize(
     ("shape", "optimizer", "utility"),
     [
@@ -74,12 +84,7 @@ def assert_equal(one: FiitedStore, other: FiitedStore) -> None:
 def test_compiled_store_equals_reference(
     shape: str, optimizer: str, utility: str, cadence: str
 ) -> None:
-    fields = {"shape": shape, "optimizer": optimizer, "utility": utility, "cadence": cadence}
-    stores = [build(engine, interval=5, **fields) for engine in ("native", "reference")]
-    outputs = [train(store, 24) for store in stores]
-    assert all(np.array_equal(a, b) for a, b in zip(*outputs))
-    assert stores[0].engine.counters()["evicted"] > 0
-    assert_equal(*stores)
+    trained_alike(shape=shape, optimizer=optimizer, utility=utility, cadence=cadence)
 
 
 @pytest.mark.parametrize("shape", ["prefix", "free"])
