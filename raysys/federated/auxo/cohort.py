@@ -346,8 +346,8 @@ class Cohort:
         ):  # fmt: skip
             window.clear()
             window.extend(state[name].tolist())
-        self._small = {int(k): int(rounds) for k, rounds in state["small"]}
-        self._aside = {int(k): int(at) for k, at in state["aside"]}
+        self._small = {int(k): int(rounds) for k, rounds in state.get("small", ())}
+        self._aside = {int(k): int(at) for k, at in state.get("aside", ())}
         self._terms.clear()
         self._terms.extend(zip(_rows(state["terms"]), _rows(state["terms.within"])))
         for k, values in self._stability.items():

@@ -213,10 +213,18 @@ class BoundaryStore:
 
 
 def delete_others(directory: Path, names: set[str]) -> None:
-    """Delete the stores of a directory that are not in ``names``: a killed job left them."""
-    for path in directory.glob("boundary-*"):
-        if path.suffix in (".rows", ".valid", ".json") and path.stem not in names:
-            path.unlink(missing_ok=True)
+    """Delete the stores of a directory that are not in ``names``: a killed job left them.
+
+    Raises:
+        StorageError: a file cannot be deleted.
+    """
+    try:
+        for path in directory.glob("boundary-*"):
+            if path.suffix in (".rows", ".valid", ".json") and path.stem not in names:
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(str(directory), reason, "Make the cache directory writable") from error
 
 
 def _reserve(path: Path, size: int) -> None:
