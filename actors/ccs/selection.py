@@ -155,7 +155,11 @@ def select_dataset(
 
 
 def coreset_dataset(dataset: Any, coreset: Coreset, id_column: str = "id") -> Any:
-    """The coreset's rows of a Ray data set, in the data set's order."""
+    """The coreset's rows of a Ray data set, lazily (a semi-join by id).
+
+    Blocks come as Ray Data finishes them; for the data set's own order set
+    ``dataset.context.execution_options.preserve_order`` before, as everywhere in Ray Data.
+    """
     kept = pa.array(coreset.ids)
 
     def keep(batch: pa.Table) -> pa.Table:

@@ -75,6 +75,7 @@ def test_ray_data_selection_and_semi_join(ray_session: Session) -> None:
         np.testing.assert_array_equal(found.ids, select_ccs(
             ScoreTable(table.ids, table.scores), 90, SelectionConfig(beta=0.1)
         ).ids)  # fmt: skip
+        dataset.context.execution_options.preserve_order = True
         kept = [row["id"] for row in coreset_dataset(dataset, Coreset(found.ids, {})).take_all()]
     assert sorted(kept) == found.ids.tolist()
     in_order = np.concatenate([table.ids[i::3] for i in range(3)])
