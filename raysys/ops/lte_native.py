@@ -143,13 +143,21 @@ class NativeLayer:
         Raises:
             ConfigError: another width or type.
         """
+        self.check(x)
+        return x.reshape(-1, x.shape[-1]).contiguous()
+
+    def check(self, x: Tensor) -> None:
+        """Refuse an x of another width or type.
+
+        Raises:
+            ConfigError: another width or type.
+        """
         if x.shape[-1] != self.struct.d:
             raise ConfigError("x", tuple(x.shape), f"a last axis of {self.struct.d}")
         if x.dtype != self.w_in.dtype or x.device.type != "cpu":
             raise ConfigError(
                 "x", f"{x.dtype} on {x.device}", f"{self.w_in.dtype} on cpu, as weights"
             )
-        return x.reshape(-1, x.shape[-1]).contiguous()
 
     def route(self, x: Tensor, threshold: float, threads: int) -> tuple[Tensor, Tensor]:
         """Expert-to-token lists of x [T, D]; see :func:`raysys.ops.lte_reference.route`."""
@@ -187,13 +195,13 @@ class NativeLayer:
         return z @ self.w_out
 
     def ffn(self, x: Tensor, threshold: float, threads: int) -> tuple[Tensor, int]:
-        """Router and experts in one call: y [T, D], and how many (token, expert) pairs were on.
+        """Router and experts in one call: y of x's shape, and the number of pairs that were on.
 
-        ``x`` must be contiguous [T, D] of the weights' type (see :meth:`rows`): this is the
+        ``x`` must be contiguous [..., D] of the weights' type (see :meth:`check`): this is the
         fast path.
         """
         y = torch.empty_like(x)
-        rows = x.shape[0]
+        rows = x.numel() // x.shape[-1]
         count = library().lte_ffn(
             self._where, x.data_ptr(), rows, threshold, self.isa, threads,
             rows * self.struct.n, None, None, y.data_ptr(),

@@ -16,6 +16,7 @@ from raysys.ops import lte_crossover, lte_ops
 from raysys.ops import lte_reference as reference
 from raysys.ops.lte_native import ISAS, NativeLayer, best_isa
 
+EPSILON = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float32, torch.bfloat16)}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -58,10 +59,13 @@ def test_kernel_equals_reference(
     parts = [t.double() for t in (x, w_in, w_out, bias)]
     expected = reference.masked(*parts, mask, kind, gated=gated)  # type: ignore[arg-type]
     got = layer.masked(x, offsets, tokens, threads)
-    scale = float(expected.norm()) or 1.0
-    assert float((got.double() - expected).norm()) <= TOLERANCE[dtype] * scale
+    # Sums of terms that cancel have their terms' rounding errors: relu of magnitudes bounds them.
+    sizes = [t.abs() for t in parts]
+    bound = reference.masked(*sizes, mask, "relu", gated=gated)  # type: ignore[arg-type]
+    allowed = TOLERANCE[dtype] * float(expected.norm()) + 2 * EPSILON[dtype] * float(bound.norm())
+    assert float((got.double() - expected).norm()) <= allowed
     through_dense = layer.dense(x, offsets, tokens, threads)
-    assert float((through_dense.double() - expected).norm()) <= TOLERANCE[dtype] * scale
+    assert float((through_dense.double() - expected).norm()) <= allowed
     again, count = layer.ffn(x, threshold, threads)
     assert torch.equal(again, got)
     assert count == len(tokens)
@@ -116,7 +120,7 @@ def test_operators_pass_torchs_own_checks_and_compile() -> None:
     x = torch.randn(3, 16)
     arguments = (x, w_in, w_out, None, wr, None, 0.0, "silu")
     utilities = ("test_schema", "test_faketensor")
-    torch.library.opcheck(lte_ops.ffn, arguments, test_utils=utilities)
+    torch.library.opcheck(lte_ops.ffn_operator, arguments, test_utils=utilities)
     offsets, tokens = lte_ops.route(x, wr, None, 0.0)
     torch.library.opcheck(lte_ops.route, (x, wr, None, 0.0), test_utils=utilities)
     masked = (x, w_in, w_out, None, offsets, tokens, "silu")

@@ -24,7 +24,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def decode_speedup(profile: Profile) -> Claim:
-    """Tokens per second of ``generate()``, LTE against dense, batch 1, one thread.
+    """Tokens per second of Transformers' model, LTE against dense, batch 1, one thread.
+
+    Greedy, with the KV cache, both models in turns token by token.
 
     The ceiling is Amdahl's with the FFNs' share of the weights that a token reads.
     """

@@ -19,6 +19,7 @@ from raysys.training.lte import checkpoint as checkpoints
 from raysys.training.lte.adapters import find_ffns
 from raysys.training.lte.config import ConvertConfig, StageConfig
 from raysys.training.lte.conversion import coactivations, convert, convert_model, undo
+from raysys.training.lte.decoding import greedy
 from raysys.training.lte.errors import LTECheckpointError, LTEConfigError, LTEDataError
 from raysys.training.lte.evaluation import evaluate
 from raysys.training.lte.gating import SparseModel
@@ -109,6 +110,23 @@ def test_coactivation_grouping_needs_and_uses_activations() -> None:
     assert features[0].shape == (32, 12)
     options = ConvertConfig(expert_size=8, grouping="coactivation")
     assert len(convert_model(model, options, features=features).permutations) == 2
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_greedy_tokens_are_those_of_generate_also_through_the_kernel(kind: str) -> None:
+    model, prompt = model_of(kind), [5, 9, 14]
+    expected = model.generate(  # type: ignore[operator]
+        torch.tensor([prompt]),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )[0, 3:].tolist()
+    assert greedy(model, prompt, 12) == expected
+    checkpoint = convert_model(model, ConvertConfig(expert_size=8))
+    checkpoint.info = dataclasses.replace(checkpoint.info, threshold=1e-9)  # all are on
+    to_kernels(checkpoint, calibrated=False)
+    assert greedy(checkpoint.sparse.model, prompt, 12) == expected
 
 
 def damage(folder: Path, change: Any) -> None:
