@@ -4,19 +4,23 @@
                                 [--partial FOLDER]
 
 Writes JSON (``-`` is standard output) as ``raysys/bench.py`` describes. It never judges itself.
+A claim that fails is named under ``config.failed``, the others go on, and the exit code is not 0.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
+import os
 import pkgutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -25,6 +29,13 @@ from raysys import machine
 from raysys.bench import Claim, ClaimFunction, Profile, result_to_dict
 from raysys.errors import CapabilityError, ConfigError, RaysysError
 from raysys.runs.storage import Storage
+
+
+class Measured(NamedTuple):
+    """A system's JSON object, and the exit code of its first failed claim (0: none)."""
+
+    result: dict[str, Any]
+    exit_code: int
 
 
 def systems() -> list[str]:
@@ -44,8 +55,8 @@ def _is_benchmark(name: str, is_folder: bool) -> bool:
     return "\nCLAIMS" in text and "\nCONFIG" in text
 
 
-def measure(system: str, profile: Profile, only: Sequence[str], console: Console) -> dict[str, Any]:
-    """Measure one system.
+def measure(system: str, profile: Profile, only: Sequence[str], console: Console) -> Measured:
+    """Measure one system; a claim that fails is noted, and the others are measured.
 
     Raises:
         ConfigError: no such system or claim.
@@ -60,20 +71,28 @@ def measure(system: str, profile: Profile, only: Sequence[str], console: Console
             raise ConfigError("--only", name, "one of " + ", ".join(claims))
     started = time.monotonic()
     done: list[Claim] = []
-    skipped: dict[str, str] = {}
+    notes: dict[str, dict[str, Any]] = {"skipped": {}, "failed": {}, "seconds": {}}
+    code = 0
     for name in only or claims:
         console.print(f"{system}: {name} ...")
+        begun = time.monotonic()
         try:
-            claim = claims[name](profile)
+            done.append(claims[name](profile))
+            console.print(f"{system}: {_describe(done[-1])}")
         except CapabilityError as error:
-            skipped[name] = str(error)
-            console.print(f"{system}: {name}: {error}")
-            continue
-        done.append(claim)
-        console.print(f"{system}: {_describe(claim)}")
-    config = {**module.CONFIG, "skipped": skipped}
+            notes["skipped"][name] = str(error)
+            console.print(f"{system}: {name}: {error}", markup=False)
+        except Exception as error:  # hours of other claims must not be lost for one
+            notes["failed"][name] = f"{type(error).__name__}: {error}"
+            code = code or getattr(error, "exit_code", 1)
+            console.print(f"{system}: {name} failed: {error}", markup=False)
+            if not isinstance(error, RaysysError):
+                traceback.print_exc()
+        notes["seconds"][name] = round(time.monotonic() - begun, 1)
+    config = {**module.CONFIG, **notes}
     duration_s = time.monotonic() - started
-    return result_to_dict(system, profile, done, config, machine.describe(), duration_s)
+    result = result_to_dict(system, profile, done, config, machine.describe(), duration_s)
+    return Measured(result, code)
 
 
 def _describe(claim: Claim) -> str:
@@ -102,26 +121,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
     profile = Profile(name=options.profile, partial=options.partial)
+    results: list[dict[str, Any]] = []
+    code = 0
     try:
-        if options.system == "all":
-            result: Any = [measure(name, profile, (), console) for name in systems()]
-        else:
-            result = measure(options.system, profile, options.only, console)
-        if options.json:
-            _write(result, options.json)
+        with _only_json_on_stdout():
+            for system in systems() if options.system == "all" else [options.system]:
+                measured = measure(system, profile, options.only, console)
+                results.append(measured.result)
+                code = code or measured.exit_code
+                if options.json and options.json != "-":
+                    _write(_shaped(results, options.system), options.json)
+        if options.json == "-":
+            print(_text(_shaped(results, options.system)))
     except RaysysError as error:
         print(f"raysys: error: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
+    return code
+
+
+def _shaped(results: list[dict[str, Any]], system: str) -> Any:
+    return results if system == "all" else results[0]
+
+
+def _text(result: Any) -> str:
+    return json.dumps(result, indent=2, allow_nan=False)
 
 
 def _write(result: Any, target: str) -> None:
-    text = json.dumps(result, indent=2, allow_nan=False)
-    if target == "-":
-        print(text)
-    else:
-        path = Path(target).absolute()
-        Storage(str(path.parent)).write(path.name, f"{text}\n".encode())
+    path = Path(target).absolute()
+    Storage(str(path.parent)).write(path.name, f"{_text(result)}\n".encode())
+
+
+@contextlib.contextmanager
+def _only_json_on_stdout() -> Iterator[None]:
+    """What engines and child processes print goes to standard error in the meantime."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 if __name__ == "__main__":

@@ -110,6 +110,7 @@ def several_nodes(nodes: int, cpus: int) -> Iterator[NodeCluster]:
     from ray.cluster_utils import Cluster
 
     dashboard, agent, client = free_ports(3)
+    home = Path.home() / "ray"
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
@@ -120,10 +121,12 @@ def several_nodes(nodes: int, cpus: int) -> Iterator[NodeCluster]:
             "dashboard_agent_listen_port": agent,
             "ray_client_server_port": client,
             "object_store_memory": OBJECT_STORE,
-            "temp_dir": str(Path.home() / "ray"),
+            "temp_dir": str(home),
         },
     )
     try:
+        # As `ray start` does: without it a job gets the address of any Ray of this machine.
+        (home / "ray_current_cluster").write_text(str(cluster.address), encoding="utf-8")
         for _ in range(nodes):
             cluster.add_node(num_cpus=cpus, object_store_memory=OBJECT_STORE)
         yield NodeCluster(f"http://127.0.0.1:{dashboard}")
