@@ -197,13 +197,5 @@ fiited::i64 fiited_elsewhere(void* raw, fiited::i64 chunks) {
   using namespace fiited;
   return guarded(raw, [&](Handle&, Store& s) -> i64 { s.elsewhere = chunks; return s.alive; });
 }
-fiited::i64 fiited_dense_rows(void* raw, fiited::i32 table, const fiited::i64* ids, fiited::i64 n, float* values) {
-  using namespace fiited;   // write weights of a dense store: [n][D]
-  return guarded(raw, [&](Handle&, Store& s) -> i64 {
-    const size_t D = size_t(s.tables[table].chunks) * s.c.chunk;
-    for (i64 i = 0; i < n; ++i) s.write_weights(s.dense_row(s.dense_offset[table] + ids[i]), values + size_t(i) * D, int(D));
-    return kOk;
-  });
-}
 
 }  // extern "C"

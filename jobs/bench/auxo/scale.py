@@ -37,7 +37,6 @@ class _Timed(Auxo):
     """Auxo that times its own part of each round."""
 
     seconds: list[float]
-    placing: list[float]
 
     def close(self, round_id: int, report: RoundReport) -> None:
         """Feedback, clustering, server steps."""
@@ -62,7 +61,7 @@ def million_clients(profile: Profile) -> Claim:
     ids = rng.integers(0, len(data.targets), n * 10, dtype=np.int32)
     population = Population(offsets=np.arange(n + 1) * 10, sample_ids=ids)
     strategy = _Timed(AuxoConfig(), per_round, lambda: FedAvg(spec, LOCAL, per_round))
-    strategy.seconds, strategy.placing = [], []
+    strategy.seconds = []
     job = FederatedJob(strategy, population, 0)
     everybody = np.arange(n)
     table, tree = strategy.table, strategy.tree

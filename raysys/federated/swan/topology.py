@@ -69,10 +69,6 @@ class Topology:
         """All usable cores, slowest cluster first."""
         return tuple(core for cluster in self.clusters for core in cluster.cores)
 
-    def speed_of(self, core: int) -> float:
-        """Relative speed of one core."""
-        return next(c.speed for c in self.clusters if core in c.cores)
-
     def without(self, gone: Collection[int]) -> Topology:
         """The topology after cores were unplugged or taken away.
 

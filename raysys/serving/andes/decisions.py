@@ -18,7 +18,6 @@ from raysys.serving.andes.options import PlannerConfig
 from raysys.serving.andes.planner import Planner
 from raysys.serving.andes.snapshot import Mode, Plan, Snapshot
 
-PLAN_ARRAYS = ("pause", "admit", "hold")
 _SNAPSHOT_FIELDS = tuple(field.name for field in dataclasses.fields(Snapshot))
 _KINDS = {"running": np.bool_, "pausable": np.bool_, "preemptions": np.int64}
 

@@ -81,13 +81,6 @@ READING_CLASSES = (
     ReaderClass("55-64", 0.056, 0.249, "reading"),
     ReaderClass("65+", 0.033, 0.264, "reading"),
 )
-LISTENING_CLASSES = (
-    ReaderClass("English", 0.793, 0.31, "listening"),
-    ReaderClass("Chinese", 0.070, 0.15, "listening"),
-    ReaderClass("Korean", 0.069, 0.19, "listening"),
-    ReaderClass("French", 0.036, 0.15, "listening"),
-    ReaderClass("Spanish", 0.032, 0.13, "listening"),
-)
 
 
 def default_ttft_s(prompt_tokens: int) -> float:

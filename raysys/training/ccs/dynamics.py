@@ -18,7 +18,6 @@ from raysys.errors import ConfigError
 Margin = Literal["prob", "logit"]
 # Cross-entropy of a probability that float32 cannot tell from zero: keeps the loss finite.
 LOSS_CAP = 103.0
-ROW_FIELDS = ("margin", "p_true", "el2n", "right")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

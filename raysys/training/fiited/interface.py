@@ -41,7 +41,6 @@ _SIGNATURES: dict[str, list[Any]] = {
     "fiited_clock": [_P, _I32, _P, _P, _P],
     "fiited_sketch": [_P, _I32, _P, _I64],
     "fiited_history": [_P, _I32, _P, _P, _P],
-    "fiited_dense_rows": [_P, _I32, _P, _I64, _P],
     "fiited_batch_rows": [_P],
 }
 

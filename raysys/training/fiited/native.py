@@ -310,9 +310,6 @@ class NativeEngine:
         assert registers.size == self._config.tables * abi.BUCKETS
         self._call("fiited_history", 1, _at(totals), _at(registers), _at(signatures))
 
-    def set_dense_rows(self, table: int, ids: I64, values: F32) -> None:
-        self._call("fiited_dense_rows", table, _at(ids), len(ids), _at(values))
-
     def table_seeds(self) -> list[int]:
         return [int(table.seed) for table in self._tables]
 

@@ -3,12 +3,11 @@
 LTEConfigError      an option, shape or architecture is wrong            (ConfigError)
 LTECheckpointError  a checkpoint's content does not hold together        (DataError)
 LTEDataError        text, labels or numbers cannot be trained on         (DataError)
-LTEKernelError      a kernel cannot be built or does not fit the machine (CapabilityError)
 """
 
 from __future__ import annotations
 
-from raysys.errors import CapabilityError, ConfigError, DataError
+from raysys.errors import ConfigError, DataError
 
 
 class LTEConfigError(ConfigError):
@@ -21,7 +20,3 @@ class LTECheckpointError(DataError):
 
 class LTEDataError(DataError):
     """What a model is trained or evaluated on is empty, too short, or not finite."""
-
-
-class LTEKernelError(CapabilityError):
-    """A kernel cannot be compiled or run here."""

@@ -38,11 +38,6 @@ def shard(sparse: SparseModel) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether :func:`shard` was called on a model."""
-    return isinstance(model, FSDPModule)
-
-
 def model_state(model: nn.Module) -> dict[str, Tensor]:
     """The whole weights; every worker must call it, and rank 0 gets them."""
     found: Any = gathered.get_model_state_dict(model, options=WHOLE)

@@ -89,10 +89,6 @@ class SimResult:
         assigned = sum(job.assigned for job in self.jobs)
         return 1.0 - sum(job.answered for job in self.jobs) / max(assigned, 1)
 
-    def straggler_share(self) -> float:
-        """Share of the assigned devices that answered too late."""
-        return sum(job.late for job in self.jobs) / max(sum(job.assigned for job in self.jobs), 1)
-
 
 def speedup(baseline: SimResult, ours: SimResult) -> float:
     """Ratio of mean completion times."""
