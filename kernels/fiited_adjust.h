@@ -74,13 +74,42 @@ template <class F> inline void each_scored(const Store& s, const Range& range, F
 
 inline bool counted(const float* u, const float* score, int j) { return std::signbit(u[j]) || score[j] > 0; }
 
-inline void unique_queue(Store& s) {   // keep the latest estimate of a row queued more than once
-  std::vector<Candidate>& q = s.queue;
-  std::stable_sort(q.begin(), q.end(), [](const Candidate& a, const Candidate& b) {
+// Sorts what is nearly in order in linear time, and keeps the order of equals.
+template <class T, class Before> inline void sort_nearly(T* begin, T* end, Before before) {
+  const size_t limit = 32 * size_t(end - begin);
+  size_t moves = 0;
+  for (T* at = begin; at != end; ++at) {
+    if (at == begin || !before(*at, at[-1])) continue;
+    const T item = *at;
+    T* to = at;
+    for (; to != begin && before(item, to[-1]); --to, ++moves) *to = to[-1];
+    *to = item;
+    if (moves > limit) { std::stable_sort(begin, end, before); return; }
+  }
+}
+
+// By row, the order of appearance inside a row: keys are hashes, so their upper 24 bits in two passes
+// of a radix sort leave little to do.
+inline void sort_queue(std::vector<Candidate>& q) {
+  std::vector<Candidate> other(q.size());
+  for (const int shift : {40, 52}) {
+    std::vector<u32> at(4097, 0);
+    for (const Candidate& c : q) ++at[(c.key >> shift & 4095) + 1];
+    for (int b = 0; b < 4096; ++b) at[b + 1] += at[b];
+    for (const Candidate& c : q) other[at[c.key >> shift & 4095]++] = c;
+    q.swap(other);
+  }
+  sort_nearly(q.data(), q.data() + q.size(), [](const Candidate& a, const Candidate& b) {
     return a.key != b.key ? a.key < b.key : a.table < b.table;
   });
+}
+
+inline void unique_queue(Store& s) {   // keep the latest estimate of a row queued more than once
+  std::vector<Candidate>& q = s.queue;
+  sort_queue(q);
   size_t n = 0;
   for (size_t i = 0; i < q.size(); ++i) {
+    if (i + 16 < q.size()) __builtin_prefetch(s.directory->tag_line(q[i + 16].key));
     if (i + 1 < q.size() && q[i + 1].key == q[i].key && q[i + 1].table == q[i].table) continue;
     if (!s.directory->find(q[i].key, q[i].table).entry) q[n++] = q[i];
   }
@@ -139,31 +168,44 @@ inline std::vector<i64> whole_histogram(const Store& s, const Range& range) {
 }
 
 // Rows that a round can still change once the bin of its threshold is known: few, so that the exact
-// threshold, the survey and the plan need not pass over all rows again.
+// threshold, the survey and the plan need not pass over all rows again. `edge` are those with a chunk
+// in that bin, fewer still.
 struct Place { Segment* segment; u32 index; };
 using Places = std::vector<Place>;
+struct Listed { Places all, edge; };
 
-inline void list_places(const Store& s, const Range& range, u32 bin, Places& out) {
+inline void list_places(const Store& s, const Range& range, u32 bin, Listed& out) {
+  out.edge.clear();
+  size_t n = 0;
   if (is_four(s, range)) {
     each_of_four(s, [&](Segment& g, u32 i, i4 bits, v4 score) {
-      const i4 at = reinterpret_cast<i4>(score) >> 16;
-      if (any_bit((at == i32(bin)) | ((at > i32(bin)) ^ (bits < 0)))) out.push_back({&g, i});
+      const i4 at = reinterpret_cast<i4>(score) >> 16, on = at == i32(bin);
+      if (n == out.all.size()) out.all.resize(n + n / 2 + 4096);
+      out.all[n] = {&g, i};   // written always, kept where the row counts: no branch to guess
+      n += any_bit(on | ((at > i32(bin)) ^ (bits < 0)));
+      if (any_bit(on)) out.edge.push_back({&g, i});
     });
+    out.all.resize(n);
     return;
   }
+  out.all.clear();
   each_scored(s, range, [&](Segment& g, size_t i, const float* u, const float* score) {
-    bool moves = false;
+    bool moves = false, on = false;
     for (int j = 0; j < s.c.max_chunks; ++j) {
       const u32 at = bits_of(score[j]) >> 16;
-      moves |= counted(u, score, j) && (at == bin || (at > bin) != bool(std::signbit(u[j])));
+      if (!counted(u, score, j)) continue;
+      on |= at == bin;
+      moves |= (at > bin) != bool(std::signbit(u[j]));
     }
-    if (moves) out.push_back({&g, u32(i)});
+    if (moves || on) out.all.push_back({&g, u32(i)});
+    if (on) out.edge.push_back({&g, u32(i)});
   });
 }
 
 // each_scored over listed rows of a table, or of all (table < 0).
 template <class F> inline void each_listed(const Store& s, const Places& places, int table, F f) {
   float score[kMaxChunks + 1];
+  const bool plain = equal_weights(s) && table < 0;   // then the entry is not needed
   for (size_t p = 0; p < places.size(); ++p) {
     if (p + 12 < places.size()) {
       const Place& ahead = places[p + 12];
@@ -171,10 +213,14 @@ template <class F> inline void each_listed(const Store& s, const Places& places,
       __builtin_prefetch(ahead.segment->utils + size_t(ahead.index) * s.c.max_chunks);
     }
     const Place& at = places[p];
-    const Entry& e = at.segment->entries[at.index];
-    if (table >= 0 && e.table != table) continue;
+    float weight = 1.0f;
+    if (!plain) {
+      const Entry& e = at.segment->entries[at.index];
+      if (table >= 0 && e.table != table) continue;
+      weight = s.tables[e.table].weight;
+    }
     const float* u = at.segment->utils + size_t(at.index) * s.c.max_chunks;
-    if (row_scores(s, u, s.tables[e.table].weight, score)) f(*at.segment, at.index, u, score);
+    if (row_scores(s, u, weight, score)) f(*at.segment, at.index, u, score);
   }
 }
 
@@ -215,6 +261,16 @@ template <class Rows, class F> inline void each_change(const Store& s, Rows rows
   });
 }
 
+// Where an item's row is known, no search; a row that has gone in the meantime is none.
+inline Found row_of(const Store& s, const Item& item) {
+  if (!item.segment) return s.directory->find(item.key, item.table);
+  return item.segment->tags[item.index] & 0x80 ? Found{} : s.directory->at(*item.segment, item.index);
+}
+inline Item item_of(Segment& g, size_t i, float score, u64 tie, int j) {
+  const Entry& e = g.entries[i];
+  return {score, u32(i), tie, e.key, e.table, u16(j), false, &g};
+}
+
 // Bounds on what plan() lists: growers from a histogram bin upwards, victims up to one.
 struct Bounds { u32 grow_from = 0, evict_to = kBins; };
 
@@ -224,12 +280,12 @@ template <class Rows> inline void plan_from(Store& s, Rows rows, int table, cons
     const u32 bin = bits_of(score[j]) >> 16;
     if (grows ? bin < bounds.grow_from : bin > bounds.evict_to) return;
     const Entry& e = g.entries[i];
-    (grows ? s.growers : s.victims).push_back({score[j], tie_of(e.key, e.table, salt, j), e.key, e.table, u16(j), false});
+    (grows ? s.growers : s.victims).push_back(item_of(g, i, score[j], tie_of(e.key, e.table, salt, j), j));
   });
   for (const Candidate& q : s.queue) {
     const u64 tie = tie_of(q.key, q.table, salt, 0);
     if ((table < 0 || q.table == table) && cut.below(q.score, tie) && bits_of(q.score) >> 16 >= bounds.grow_from)
-      s.growers.push_back({q.score, tie, q.key, q.table, 0, true});
+      s.growers.push_back({q.score, 0, tie, q.key, q.table, 0, true, nullptr});
   }
 }
 inline void plan(Store& s, const Range& range, const Cut& cut, u64 salt) {
@@ -258,19 +314,8 @@ inline void keep_worst(std::vector<Item>& items, size_t n) {
   keep_first(items, n, [](const auto& a, const auto& b) { return a.score != b.score ? a.score < b.score : a.tie < b.tie; });
 }
 
-// Sorts what is nearly in order (rows come out of a segment by their home) in linear time.
-template <class Before> inline void sort_nearly(Item* begin, Item* end, Before before) {
-  const size_t limit = 32 * size_t(end - begin);
-  size_t moves = 0;
-  for (Item* at = begin; at != end; ++at) {
-    if (at == begin || !before(*at, at[-1])) continue;
-    const Item item = *at;
-    Item* to = at;
-    for (; to != begin && before(item, to[-1]); --to, ++moves) *to = to[-1];
-    *to = item;
-    if (moves > limit) { std::sort(begin, end, before); return; }
-  }
-}
+// Rows of the directory first (they come out of a segment nearly in order), then rows of the queue:
+// an admission may move the entries that items point to.
 inline void by_row(std::vector<Item>& items) {
   auto before = [](const Item& a, const Item& b) {
     return a.key != b.key ? a.key < b.key : a.table != b.table ? a.table < b.table : a.chunk < b.chunk;
@@ -278,14 +323,25 @@ inline void by_row(std::vector<Item>& items) {
   const auto queued = std::find_if(items.begin(), items.end(), [](const Item& i) { return i.admit; });
   Item* const begin = items.data();
   Item* const middle = begin + (queued - items.begin());
-  Item* const end = begin + items.size();
-  sort_nearly(begin, middle, before);   // rows of the directory, then rows of the queue
-  sort_nearly(middle, end, before);
-  std::inplace_merge(begin, middle, end, before);
+  sort_nearly(begin, middle, before);
+  sort_nearly(middle, begin + items.size(), before);
 }
 
 // The rows that come next: first the tags, then the entry, then its utilities and weights.
 inline void prefetch_run(const Store& s, const std::vector<Item>& items, size_t i) {
+  if (items[i].segment) {   // known rows: entry and utilities, then weights
+    if (i + 32 < items.size() && items[i + 32].segment) {
+      const Item& ahead = items[i + 32];
+      __builtin_prefetch(ahead.segment->entries + ahead.index, 1);
+      __builtin_prefetch(ahead.segment->utils + size_t(ahead.index) * s.c.max_chunks, 1);
+    }
+    if (i + 16 < items.size() && items[i + 16].segment && s.c.layout == kSlabs) {
+      const Entry& e = items[i + 16].segment->entries[items[i + 16].index];
+      if (e.alive & kAliveMask) __builtin_prefetch(s.pool->at(e.slot, popcount(e.alive & kAliveMask)));
+      s.sketch->prefetch(e.key);   // a row that loses its last chunk goes there
+    }
+    return;
+  }
   if (i + 48 < items.size()) __builtin_prefetch(s.directory->tag_line(items[i + 48].key));
   if (i + 32 < items.size())
     if (const Entry* e = s.directory->likely(items[i + 32].key)) __builtin_prefetch(e, 1);
@@ -316,7 +372,7 @@ inline u16 closed(const Store& s, u16 bits) { return s.c.layout == kChunked ? bi
 inline void apply_plan(Store& s) {
   by_row(s.victims);
   each_run(s, s.victims, [&](const Item& item, u16 bits) {
-    Found f = s.directory->find(item.key, item.table);
+    Found f = row_of(s, item);
     if (!f.entry) return;
     const u16 want = closed(s, u16(f.entry->alive & kAliveMask & ~bits));
     s.set_alive(f, want, false);
@@ -326,7 +382,7 @@ inline void apply_plan(Store& s) {
   if (i64(s.growers.size()) > room) { s.n.refused += i64(s.growers.size()) - room; keep_best(s.growers, size_t(room)); }
   by_row(s.growers);
   each_run(s, s.growers, [&](const Item& item, u16 bits) {
-    Found f = s.directory->find(item.key, item.table);
+    Found f = row_of(s, item);
     if (f.entry) s.set_alive(f, closed(s, u16((f.entry->alive | bits) & kAliveMask)), false);
     else if (item.admit) s.admit(item.key, item.table, 1, item.score / s.tables[item.table].weight);
   });

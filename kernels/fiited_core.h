@@ -24,9 +24,11 @@ struct Cut {   // a chunk is wanted iff (score, tie) > (score, tie) of the cut
 
 struct Item {   // one chunk that a round may evict or grow
   float score;
+  u32 index;
   u64 tie, key;
   u16 table, chunk;
   bool admit;
+  Segment* segment;   // with `index` where its row is, until the next insertion; null: look it up
 };
 
 struct Counters {   // keep in step with raysys/training/fiited/native.py

@@ -39,17 +39,16 @@ inline void next_round(Store& s) {
 }
 
 // The threshold of a round over a range, and the rows that it can still change.
-inline Cut exact_cut(const Store& s, const Range& range, i64 target, u64 salt, Places& places) {
+inline Cut exact_cut(const Store& s, const Range& range, i64 target, u64 salt, Listed& places) {
   const std::vector<i64> bins = whole_histogram(s, range);
   i64 above = 0;
   int b = kBins - 1;
   for (; b >= 0 && above + bins[b] <= target; --b) above += bins[b];
-  places.clear();
   list_places(s, range, u32(std::max(b, 0)), places);
   if (b < 0) return {};
   std::vector<std::pair<float, u64>> members;
   members.reserve(size_t(bins[b]));
-  collect_from(s, [&](auto f) { each_listed(s, places, range.table, f); }, range.table, u32(b), salt, members);
+  collect_from(s, [&](auto f) { each_listed(s, places.edge, range.table, f); }, range.table, u32(b), salt, members);
   const size_t need = size_t(target - above);
   std::nth_element(members.begin(), members.begin() + need, members.end(), std::greater<>());
   return {members[need].first, members[need].second};
@@ -82,7 +81,7 @@ inline void full_round(Store& s) {
   const u64 salt = mix(s.c.seed + s.round);
   const i64 churn = std::max<i64>(1, i64(s.c.churn_cap * double(s.c.slots)));
   Exchange x;
-  Places places;
+  Listed places;
   if (s.c.by_table) {
     i64 weight = 0;
     for (const TableConfig& t : s.tables) weight += t.dense_rows;
@@ -90,14 +89,14 @@ inline void full_round(Store& s) {
       Range range; range.table = t;
       const i64 share = weight ? i64(double(target) * double(s.tables[t].dense_rows) / double(weight)) : target / s.c.tables;
       const Cut cut = exact_cut(s, range, share, salt, places);
-      plan_from(s, [&](auto f) { each_listed(s, places, t, f); }, t, cut, salt, {});
+      plan_from(s, [&](auto f) { each_listed(s, places.all, t, f); }, t, cut, salt, {});
     }
     x = exchange_size(s.alive, target, i64(s.growers.size()), i64(s.victims.size()), churn);
   } else {
     s.cut = exact_cut(s, {}, target, salt, places);
-    const Survey found = survey(s, places, s.cut, salt, target, churn);
+    const Survey found = survey(s, places.all, s.cut, salt, target, churn);
     x = found.exchange;
-    if (x.grow || x.evict) plan_from(s, [&](auto f) { each_listed(s, places, -1, f); }, -1, s.cut, salt, found.bounds);
+    if (x.grow || x.evict) plan_from(s, [&](auto f) { each_listed(s, places.all, -1, f); }, -1, s.cut, salt, found.bounds);
   }
   keep_best(s.growers, size_t(x.grow));
   keep_worst(s.victims, size_t(x.evict));

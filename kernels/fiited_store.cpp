@@ -282,6 +282,8 @@ i64 fiited_plan(void* raw, float score, u64 tie, u64 salt, i64* sizes) {
     s.victims.clear();
     s.cut = {score, tie};
     plan(s, {}, s.cut, salt);
+    for (std::vector<Item>* items : {&s.growers, &s.victims})
+      for (Item& item : *items) item.segment = nullptr;   // rows may move before the plan is applied
     sizes[0] = i64(s.growers.size());
     sizes[1] = i64(s.victims.size());
     return s.alive;
