@@ -15,7 +15,9 @@ import importlib
 import json
 import os
 import pkgutil
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -121,26 +123,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
     profile = Profile(name=options.profile, partial=options.partial)
-    results: list[dict[str, Any]] = []
-    code = 0
     try:
         with _only_json_on_stdout():
-            for system in systems() if options.system == "all" else [options.system]:
-                measured = measure(system, profile, options.only, console)
-                results.append(measured.result)
-                code = code or measured.exit_code
-                if options.json and options.json != "-":
-                    _write(_shaped(results, options.system), options.json)
+            if options.system == "all":
+                result, code = _all(options)
+            else:
+                result, code = measure(options.system, profile, options.only, console)
         if options.json == "-":
-            print(_text(_shaped(results, options.system)))
+            print(_text(result))
+        elif options.json:
+            _write(result, options.json)
     except RaysysError as error:
         print(f"raysys: error: {error}", file=sys.stderr)
         return error.exit_code
     return code
 
 
-def _shaped(results: list[dict[str, Any]], system: str) -> Any:
-    return results if system == "all" else results[0]
+def _all(options: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
+    """Every system in a process of its own, which gives back its memory and may die alone."""
+    results: list[dict[str, Any]] = []
+    code = 0
+    with tempfile.TemporaryDirectory(prefix="raysys-bench-") as folder:
+        for name in systems():
+            path = Path(folder) / f"{name}.json"
+            ended = subprocess.run(_command(name, options, path), check=False).returncode
+            code = code or ended
+            if path.is_file():
+                results.append(json.loads(path.read_text(encoding="utf-8")))
+            else:
+                config = {"failed": {"all claims": f"its process ended with code {ended}"}}
+                profile = Profile(name=options.profile)
+                results.append(result_to_dict(name, profile, [], config, machine.describe(), 0.0))
+            if options.json and options.json != "-":
+                _write(results, options.json)  # what is known so far
+    return results, code
+
+
+def _command(system: str, options: argparse.Namespace, target: Path) -> list[str]:
+    words = [sys.executable, "-m", "jobs.bench", system, "--profile", options.profile]
+    return [*words, "--json", str(target), "--partial", options.partial]
 
 
 def _text(result: Any) -> str:

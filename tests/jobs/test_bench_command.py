@@ -44,9 +44,9 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_failed_claim_is_noted_and_the_others_are_measured(
     demo: None, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert bench.main(["all", "--json", "-"]) == RemoteError.exit_code
+    assert bench.main(["demo", "--json", "-"]) == RemoteError.exit_code
     out, err = capfd.readouterr()
-    (result,) = json.loads(out)
+    result = json.loads(out)
     assert [claim["name"] for claim in result["claims"]] == ["good"]
     config = result["config"]
     assert config["n"] == 1
@@ -60,6 +60,23 @@ def test_a_failed_claim_is_noted_and_the_others_are_measured(
     path = tmp_path / "one.json"
     assert bench.main(["demo", "--only", "good", "--json", str(path)]) == 0
     assert json.loads(path.read_text())["claims"][0]["value"] == 2.0
+
+
+def test_all_systems_have_processes_of_their_own_and_one_may_die(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    good = "import sys; open(sys.argv[1], 'w').write('{\"system\": \"a\"}'); print('noise')"
+    programs = {"a": good, "b": "import os; os.kill(os.getpid(), 9)", "c": good}
+    monkeypatch.setattr(bench, "systems", lambda: list(programs))
+    monkeypatch.setattr(
+        bench, "_command", lambda name, _, path: [sys.executable, "-c", programs[name], str(path)]
+    )
+    assert bench.main(["all", "--json", "-"]) == -9
+    first, second, third = json.loads(capfd.readouterr().out)
+    assert first == third == {"system": "a"}
+    assert second["system"] == "b"
+    assert second["claims"] == []
+    assert "code -9" in second["config"]["failed"]["all claims"]
 
 
 def test_an_unknown_claim_or_system_is_named(demo: None, capfd: pytest.CaptureFixture[str]) -> None:
