@@ -123,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
     profile = Profile(name=options.profile, partial=options.partial)
+    result: Any
     try:
         with _only_json_on_stdout():
             if options.system == "all":
