@@ -20,7 +20,7 @@ Better = Literal["higher", "lower"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """How much work a claim may do: ``quick`` keeps a whole system within three minutes.
+    """How much work a claim may do: ``quick`` keeps a whole system within minutes.
 
     Args:
         partial: folder where long claims keep finished pieces (:mod:`jobs.bench.pieces`), so that
