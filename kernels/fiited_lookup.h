@@ -83,12 +83,12 @@ inline void prefetch_write([[maybe_unused]] float* at, [[maybe_unused]] int floa
 
 inline void copy_floats(float* out, const float* from, int floats) {   // floats is a multiple of 4
   int i = 0;
-  for (; i + 16 <= floats; i += 16) *reinterpret_cast<v16*>(out + i) = *reinterpret_cast<const v16*>(from + i);
+  for (; i + kWide <= floats; i += kWide) *reinterpret_cast<Wide*>(out + i) = *reinterpret_cast<const Wide*>(from + i);
   for (; i < floats; i += 4) *reinterpret_cast<v4*>(out + i) = *reinterpret_cast<const v4*>(from + i);
 }
 inline void zero_floats(float* out, int floats) {
   int i = 0;
-  for (; i + 16 <= floats; i += 16) *reinterpret_cast<v16*>(out + i) = v16{};
+  for (; i + kWide <= floats; i += kWide) *reinterpret_cast<Wide*>(out + i) = Wide{};
   for (; i < floats; i += 4) *reinterpret_cast<v4*>(out + i) = v4{};
 }
 

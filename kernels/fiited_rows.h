@@ -48,9 +48,9 @@ template <int L> inline void chunk_squares(const float* g, int C, int k, float* 
 // SGD or row-wise Adagrad over the contiguous weights of a row.
 inline void step_contiguous(float* w, const float* g, int floats, float row_step) {
   int i = 0;
-  for (; i + 16 <= floats; i += 16) {
-    v16& weight = *reinterpret_cast<v16*>(w + i);
-    weight = weight - *reinterpret_cast<const v16*>(g + i) * row_step;
+  for (; i + kWide <= floats; i += kWide) {
+    Wide& weight = *reinterpret_cast<Wide*>(w + i);
+    weight = weight - *reinterpret_cast<const Wide*>(g + i) * row_step;
   }
   for (; i < floats; i += 4) {
     v4& weight = *reinterpret_cast<v4*>(w + i);
@@ -191,13 +191,14 @@ inline void sum_values(const Batch& b, const Row& r, const float* grad, i64 stri
   auto at = [&](u32 p) { return column + i64(b.bag[order[p]]) * stride; };
   int d = 0;
   for (; d + 64 <= D; d += 64) {
-    v16 part[4];
-    for (int q = 0; q < 4; ++q) part[q] = *reinterpret_cast<const v16*>(at(0) + d + 16 * q);
+    constexpr int parts = 64 / kWide;
+    Wide part[parts];
+    for (int q = 0; q < parts; ++q) part[q] = *reinterpret_cast<const Wide*>(at(0) + d + kWide * q);
     for (u32 p = 1; p < r.count; ++p) {
       if (p + 8 < r.count) prefetch_floats(at(p + 8) + d, 64);
-      for (int q = 0; q < 4; ++q) part[q] = part[q] + *reinterpret_cast<const v16*>(at(p) + d + 16 * q);
+      for (int q = 0; q < parts; ++q) part[q] = part[q] + *reinterpret_cast<const Wide*>(at(p) + d + kWide * q);
     }
-    for (int q = 0; q < 4; ++q) *reinterpret_cast<v16*>(sum + d + 16 * q) = part[q];
+    for (int q = 0; q < parts; ++q) *reinterpret_cast<Wide*>(sum + d + kWide * q) = part[q];
   }
   if (d == D) return;
   for (u32 p = 0; p < r.count; ++p) {

@@ -85,6 +85,15 @@ inline int popcount(u32 x) { return __builtin_popcount(x); }
 typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
+// The widest that one register holds: gcc moves wider ones through the stack.
+#if defined(__AVX512F__)
+using Wide = v16;
+#elif defined(__AVX2__)
+using Wide = v8;
+#else
+using Wide = v4;
+#endif
+constexpr int kWide = sizeof(Wide) / sizeof(float);
 typedef i32 i4 __attribute__((vector_size(16), aligned(4), may_alias));
 inline bool any_bit(i4 a) { return ((a[0] | a[1]) | (a[2] | a[3])) != 0; }
 

@@ -23,7 +23,16 @@ from raysys.errors import CapabilityError, ConfigError, StorageError
 from raysys.ops.kernels import kernel_path
 
 # Results must not depend on the instruction set: no fused multiply-add behind our back.
-BASE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno")
+# No calls of memset or memcpy for rows of a few floats: the call costs more than the copy.
+BASE_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-tree-loop-distribute-patterns",
+)
 _AVX2 = ("-mavx2", "-mbmi", "-mbmi2", "-mpopcnt", "-mlzcnt")
 ISA_FLAGS: Mapping[str, tuple[str, ...]] = {
     "avx512": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
