@@ -74,7 +74,7 @@ inline void prefetch_weights(const Store& s, const Row& r, int parts) {
   else if (r.refs)
     for (u32 m = r.alive; m; m &= m - 1) __builtin_prefetch(s.chunk_at(r, __builtin_ctz(m)));
 }
-// Pays where it was measured with AVX-512 (Xeon); with AVX2 (EPYC) a step takes 15 to 20 % longer with it.
+// Part of what was tuned on a Xeon with AVX-512; on an EPYC with AVX2 a step took 15 to 27 % longer with it.
 inline void prefetch_write([[maybe_unused]] float* at, [[maybe_unused]] int floats) {
 #ifdef __AVX512F__
   for (int i = 0; i < floats; i += 16) __builtin_prefetch(at + i, 1);

@@ -125,6 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     profile = Profile(name=options.profile, partial=options.partial)
     result: Any
     try:
+        if options.system == "all" and options.only:
+            raise ConfigError("--only", options.only, "nothing with all", "Name one system")
         with _only_json_on_stdout():
             if options.system == "all":
                 result, code = _all(options)

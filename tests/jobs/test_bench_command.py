@@ -82,4 +82,7 @@ def test_all_systems_have_processes_of_their_own_and_one_may_die(
 def test_an_unknown_claim_or_system_is_named(demo: None, capfd: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["demo", "--only", "best", "--json", "-"]) == 2
     assert bench.main(["other"]) == 2
-    assert "one of lost, broken" in capfd.readouterr().err
+    assert bench.main(["all", "--only", "good"]) == 2
+    err = capfd.readouterr().err
+    assert "one of lost, broken" in err
+    assert "Name one system" in err

@@ -84,7 +84,8 @@ def trained_alike(**fields: Any) -> FiitedStore:
 def test_compiled_store_equals_reference(
     shape: str, optimizer: str, utility: str, cadence: str
 ) -> None:
-    trained_alike(shape=shape, optimizer=optimizer, utility=utility, cadence=cadence)
+    store = trained_alike(shape=shape, optimizer=optimizer, utility=utility, cadence=cadence)
+    assert store.engine.counters()["grown"] > 0
 
 
 @pytest.mark.parametrize("shape", ["prefix", "free"])
