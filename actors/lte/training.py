@@ -5,6 +5,7 @@ tasks.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from ray import train as ray_train
 from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from actors.lte.progress import LOG_FILE, RowLog
 from raysys import machine
 from raysys.config import config_from_dict, config_to_dict
 from raysys.errors import RemoteError
@@ -48,11 +50,16 @@ def fit(
 
     Raises:
         RemoteError: the workers failed more often than they may be restarted.
+
+    Rows of every step and evaluation go to :func:`log_path` as they come.
     """
     use_gpu = bool(machine.gpu_names())
     trainer = TorchTrainer(
         worker or work,
-        train_loop_config={"config": config_to_dict(config)},
+        train_loop_config={
+            "config": config_to_dict(config),
+            "log": str(log_path(storage, name)),
+        },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
         run_config=RunConfig(
@@ -64,6 +71,11 @@ def fit(
     except ray_train.TrainingFailedError as error:
         raise RemoteError("a training worker", str(error), "See Ray's worker logs") from error
     return dict(result.metrics or {})
+
+
+def log_path(storage: str, name: str) -> Path:
+    """Where a run's rows are."""
+    return Path(storage) / name / LOG_FILE
 
 
 def work(options: dict[str, Any]) -> None:
@@ -79,7 +91,10 @@ def run_worker(
     context = ray_train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     reduce = all_reduce if world > 1 else None
-    train(config, report, saved=saved_state(), rank=rank, world=world, reduce=reduce)
+    train(
+        config, report, saved=saved_state(), rank=rank, world=world, reduce=reduce,
+        started=functools.partial(RowLog, Path(options["log"])),
+    )  # fmt: skip
 
 
 def all_reduce(values: torch.Tensor) -> None:

@@ -6,8 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from actors.lte.training import fit
-from jobs.launcher import Job, JobContext, Summary
+from rich.console import Console
+
+from actors.lte.progress import following, steps_done
+from actors.lte.training import fit, log_path
+from jobs.launcher import Advance, Job, JobContext, Summary
 from jobs.lte.convert import source_folder
 from jobs.lte.figures import curve_figure, layer_figure, save_report
 from raysys import machine
@@ -72,7 +75,12 @@ def run(config: Config, context: JobContext) -> Summary:
     program = config.program()
     context.ray(num_cpus=max(2, config.workers + 1))
     storage = str(Path(context.run.uri).absolute() / "ray-train")
-    result = fit(program, storage, "stage", workers=config.workers)
+    steps = config.stage.steps
+    with (
+        context.progress("training steps", total=steps) as advance,
+        following(log_path(storage, "stage"), _Teller(steps, advance, context.console)),
+    ):
+        result = fit(program, storage, "stage", workers=config.workers)
     context.run.write_json("result.json", result)
     context.run.append_rows("curve", [_flat(row) for row in result["curve"]])
     save_report(context.run, "LTE training", "One stage of LTE", _sections(config, result))
@@ -82,6 +90,29 @@ def run(config: Config, context: JobContext) -> Summary:
         f"checkpoint: {program.out or 'not written (no out)'}",
     ]
     return Summary(lines=lines, report="report.html")
+
+
+class _Teller:
+    """Shows a training's rows: the bar, and a line now and then for who reads a log."""
+
+    def __init__(self, steps: int, advance: Advance, console: Console) -> None:
+        self._steps, self._advance, self._console = steps, advance, console
+        self._shown = 0
+        self._every = max(1, steps // 20)
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        done, sparsity = steps_done(row), row.get("sparsity", 0.0)
+        self._advance(done - self._shown)
+        self._shown = done
+        if "perplexity" in row:
+            self._say(done, f"held-out perplexity {row['perplexity']:.2f}", sparsity)
+        elif done % self._every == 0:
+            self._say(done, f"training loss {row['loss']:.4f}", sparsity)
+
+    def _say(self, step: int, figure: str, sparsity: float) -> None:
+        self._console.print(
+            f"step {step} of {self._steps}: {figure}, FFN sparsity {sparsity:.1%}", highlight=False
+        )
 
 
 def _sections(config: Config, result: dict[str, Any]) -> list[Section]:

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from actors.lte.training import cluster_on_ray, fit, report_to_ray, run_worker, sweep
+from actors.lte.progress import RowLog, following, rows_of
+from actors.lte.training import cluster_on_ray, fit, log_path, report_to_ray, run_worker, sweep
 from actors.session import Session
 from raysys.training.lte.config import ConvertConfig, StageConfig
 from raysys.training.lte.conversion import cluster_all, convert
@@ -64,6 +65,25 @@ def test_a_killed_worker_resumes_exactly(
     found = fit(program, str(tmp_path / "storage"), "stage", worker=dying(3))
     assert (tmp_path / "out.died").exists()
     assert {key: found[key] for key in expected} == expected
+    rows = rows_of(log_path(str(tmp_path / "storage"), "stage"))
+    assert [row["step"] for row in rows] == list(range(6))  # none lost, none twice
+
+
+def test_rows_are_followed_and_a_resumed_run_takes_back_what_it_repeats(tmp_path: Path) -> None:
+    path, seen = tmp_path / "run" / "steps.jsonl", list[dict[str, Any]]()
+    with following(path, seen.append):
+        log = RowLog(path)
+        log({"step": 0, "perplexity": 9.0, "sparsity_per_layer": [0.5]})
+        for step in range(3):
+            log({"step": step, "loss": 1.0})
+        with path.open("a") as file:
+            file.write('{"step": 3, "lo')  # killed while it wrote
+        log = RowLog(path, step=2)
+        log({"step": 2, "loss": 2.0})
+    assert rows_of(path)[-2:] == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}]
+    assert len(rows_of(path)) == 4
+    assert seen[0] == {"step": 0, "perplexity": 9.0}
+    assert seen[-1] == {"step": 2, "loss": 2.0}
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own deprecations

@@ -33,7 +33,11 @@ def call(command: str, run: Path, *fields: str) -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore")  # Ray Train's own deprecations
 def test_a_model_from_conversion_to_its_figures(
-    dense: Path, tmp_path: Path, ray_session: Session, monkeypatch: pytest.MonkeyPatch
+    dense: Path,
+    tmp_path: Path,
+    ray_session: Session,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(launcher.JobContext, "ray", lambda self, **changes: ray_session)
     start, trained, again = tmp_path / "lte-0", tmp_path / "lte-1", tmp_path / "again"
@@ -43,6 +47,7 @@ def test_a_model_from_conversion_to_its_figures(
     stage = [f"model={start}", f"out={trained}", *text, *STAGE]
     result = call("train", tmp_path / "train", *stage)
     assert 0.0 <= result["sparsity"] <= 1.0
+    assert "step 4 of 4: training loss" in capsys.readouterr().err
     assert call("inspect", tmp_path / "inspect", f"model={trained}")["stage"] == 1
     seen = call("eval", tmp_path / "eval", f"model={trained}", *text, "offsets=[0.0, 9.0]",
                 "decode_tokens=4", "rivals=[keep_largest, cats]",

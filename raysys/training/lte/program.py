@@ -30,6 +30,8 @@ from raysys.training.lte.text import TokenBlocks, corpus, to_bytes
 
 # (figures, state to resume from or None): called at every checkpoint, and once at the end.
 Report = Callable[[dict[str, Any], bytes | None], None]
+# Figures of a step, or of held-out text (with ``perplexity``), as they come.
+OnRow = Callable[[dict[str, Any]], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,10 +111,12 @@ def train(
     rank: int = 0,
     world: int = 1,
     reduce: AllReduce | None = None,
+    started: Callable[[int], OnRow] | None = None,
 ) -> dict[str, Any]:
     """Run a stage as one of ``world`` workers; rank 0 reports states and writes the checkpoint.
 
-    The last report has the final figures.
+    The last report has the final figures. ``started`` is called with the steps that are done
+    already, and gives what takes the rows of rank 0.
 
     Returns:
         The final figures, JSON-ready.
@@ -136,10 +140,19 @@ def train(
     if saved is not None:
         curve = _resume(stage, config, saved)
     tests = held_out.all_batches(config.stage.batch, config.text.held_out or None)
-    while not stage.done:
-        stage.run(until=_next_stop(stage.step, config))
-        if _due(stage.step, config.evaluate_every) and (rank == 0 or stage.sharded):
+    on_row = started(stage.step) if started is not None and rank == 0 else _unheard
+
+    def evaluate_now() -> None:
+        if rank == 0 or stage.sharded:
             curve.append(_point(stage, config, _evaluate(found.sparse, tests, config)))
+            on_row(curve[-1])
+
+    if config.evaluate_every and not curve and not stage.step:
+        evaluate_now()
+    while not stage.done:
+        stage.run(until=_next_stop(stage.step, config), on_step=on_row)
+        if _due(stage.step, config.evaluate_every):
+            evaluate_now()
         if _due(stage.step, config.checkpoint_every) and not stage.done:
             state = _state(stage, config, curve, rank)
             report({**stage.log[-1], "curve": list(curve)}, state)
@@ -227,6 +240,10 @@ def _any_expert_size(model: torch.nn.Module) -> int:
     from raysys.training.lte.adapters import find_ffns
 
     return find_ffns(model)[0].neurons
+
+
+def _unheard(row: dict[str, Any]) -> None:
+    """Nobody asked for the rows."""
 
 
 def _next_stop(step: int, config: ProgramConfig) -> int:
