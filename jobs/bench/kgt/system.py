@@ -29,7 +29,14 @@ from raysys.training.ccs import (
     select_ccs,
 )
 from raysys.training.datasets import LabelledArrays
-from raysys.training.kgt import KGT, DataDescription, EventLog, KGTConfig, NoFreezing
+from raysys.training.kgt import (
+    KGT,
+    CacheConfig,
+    DataDescription,
+    EventLog,
+    KGTConfig,
+    NoFreezing,
+)
 from raysys.training.kgt.baselines import schedule_of
 from raysys.training.kgt.controller import EventSink, ignore
 from raysys.training.kgt.loop import Recipe, TrainData, TrainLoop
@@ -140,7 +147,7 @@ def _resumable(optimizer: str, folder: str = "", log: EventSink = ignore) -> Tra
     split = datasets.digits()
     options = KGTConfig(
         window=2, every=4, bootstrap_rate=0.5, reference="fp32", coef=0.5, modules=16,
-        cache=dataclasses.replace(tasks.cached(), directory=folder or tempfile.mkdtemp()),
+        cache=CacheConfig(directory=folder) if folder else tasks.cached(),
     )  # fmt: skip
     recipe = Recipe(
         epochs=5, batch_size=64, optimizer=optimizer, lr=0.02 if optimizer == "sgd" else 0.002

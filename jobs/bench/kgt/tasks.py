@@ -49,6 +49,7 @@ KGT_OPTIONS: Mapping[str, Any] = {
 
 
 CURVE_ROWS = 1000  # test examples behind a curve's inner points
+_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []  # they go with the process
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -192,8 +193,10 @@ def plan_signature(task: Task) -> list[list[str]]:
 
 
 def cached() -> CacheConfig:
-    """A cache in a folder of its own."""
-    return CacheConfig(directory=tempfile.mkdtemp(prefix="raysys-kgt-"))
+    """A cache in a folder of its own, which goes when the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="raysys-kgt-")
+    _FOLDERS.append(folder)
+    return CacheConfig(directory=folder.name)
 
 
 def side_by_side(

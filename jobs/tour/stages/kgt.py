@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from pathlib import Path
 
 import torch
 
@@ -29,6 +30,11 @@ _KGT = KGTConfig(
 
 def run(context: StageContext) -> StageResult:
     """Train three ways side by side, one epoch of each in turn."""
+    with tempfile.TemporaryDirectory(prefix="raysys-kgt-") as folder:
+        return _side_by_side(context, Path(folder))
+
+
+def _side_by_side(context: StageContext, folder: Path) -> StageResult:
     torch.set_num_threads(1)
     split = digits() if context.smoke else mnist1d(1500, 1500)
     recipe = Recipe(epochs=4 if context.smoke else 20, batch_size=64, seed=context.seed)
@@ -38,10 +44,10 @@ def run(context: StageContext) -> StageResult:
     ways: dict[str, tuple[KGTConfig, ControlFactory | None]] = {
         "plain training": (KGTConfig(), None),
         "linear schedule": (
-            _cached(context.smoke),
+            _cached(context.smoke, folder / "linear"),
             lambda plan, steps: LinearSchedule(0.5, 1.0, len(plan), steps),
         ),
-        "KGT": (_cached(context.smoke), None),
+        "KGT": (_cached(context.smoke, folder / "kgt"), None),
     }
     logs = {name: EventLog() for name in ways}
     loops = {}
@@ -73,8 +79,8 @@ def run(context: StageContext) -> StageResult:
     return result
 
 
-def _cached(smoke: bool) -> KGTConfig:
-    config = dataclasses.replace(_KGT, cache=CacheConfig(directory=tempfile.mkdtemp()))
+def _cached(smoke: bool, folder: Path) -> KGTConfig:
+    config = dataclasses.replace(_KGT, cache=CacheConfig(directory=str(folder)))
     # A few dozen steps allow only a few readings.
     return dataclasses.replace(config, window=2, every=2, bootstrap_rate=1.0) if smoke else config
 
