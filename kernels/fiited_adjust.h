@@ -328,7 +328,7 @@ inline void by_row(std::vector<Item>& items) {
 }
 
 // The rows that come next: first the tags, then the entry, then its utilities and weights.
-inline void prefetch_run(const Store& s, const std::vector<Item>& items, size_t i) {
+FIITED_INLINE void prefetch_run(const Store& s, const std::vector<Item>& items, size_t i) {
   if (items[i].segment) {   // known rows: entry and utilities, then weights
     if (i + 32 < items.size() && items[i + 32].segment) {
       const Item& ahead = items[i + 32];

@@ -221,7 +221,9 @@ class Store {
       r.alive = r.e->alive;
       return;
     }
-    Found f = directory->find(r.v, r.table);
+    take(r, directory->find(r.v, r.table));
+  }
+  void take(Row& r, const Found& f) const {
     r.e = f.entry; r.u = f.util; r.refs = f.refs;
     r.alive = f.entry ? f.entry->alive & kAliveMask : 0;
     r.w = f.entry && c.layout == kSlabs ? pool->at(f.entry->slot, popcount(f.entry->alive & kAliveMask)) : nullptr;

@@ -60,6 +60,8 @@ struct Found {
   u32* refs = nullptr;
 };
 
+struct Home { const Segment* segment; const u8* tags; u32 cell; };
+
 class Directory {
  public:
   Directory(int k, bool with_refs, i64 page_bytes, Memory* memory)
@@ -76,6 +78,24 @@ class Directory {
   const u8* tag_line(u64 v) const {
     const Segment& s = segment_of(v);
     return s.tags + size_t(home(s, v)) * 16;
+  }
+
+  // find() in three steps, for many rows at once: where its tags are, which cell of its home looks
+  // like it, and whether it is.
+  Home home_of(u64 v) const {
+    const Segment& s = segment_of(v);
+    const u32 g = home(s, v);
+    return {&s, s.tags + size_t(g) * 16, g * 16};
+  }
+  const Entry* look(Home& h, u64 v) const {
+    const u32 hits = match_group(h.tags, u8(v & 0x7f));
+    h.cell += hits ? u32(__builtin_ctz(hits)) : 0;
+    return h.segment->entries + h.cell;
+  }
+  Found settle(const Home& h, u64 v, u16 table) const {
+    const Entry& e = h.segment->entries[h.cell];
+    if (e.key == v && e.table == table && !(h.segment->tags[h.cell] & 0x80)) return at(*h.segment, h.cell);
+    return find(v, table);
   }
 
   // First entry whose tag matches in the home group: what find() will most likely read.

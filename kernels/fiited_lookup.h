@@ -1,7 +1,7 @@
 // Lookup: distinct rows of a batch, their entries, and the gather into bags.
 #pragma once
 
-#include "fiited_core.h"
+#include "fiited_plain.h"
 
 namespace fiited {
 
@@ -49,33 +49,47 @@ inline void find_distinct(const Store& s, Batch& b, Scratch& scratch, const i64*
   }
 }
 
-// Find the entries of rows[0 .. n), in flight by two distances; the first line of the weights of
-// every row is on its way when this returns.
+// Find the entries of rows[0 .. n). A block of rows takes each step of the search together, so that
+// the memory of one row loads while others wait; the first line of the weights of every row is on its
+// way when this returns.
 inline void resolve_rows(Store& s, Row* rows, size_t n) {
-  const bool dense = s.c.layout == kDense;
-  for (size_t i = 0; i < n; ++i) {
-    if (i + 24 < n) {
-      if (dense) __builtin_prefetch(&s.dense_entries[rows[i + 24].v]);
-      else __builtin_prefetch(s.directory->tag_line(rows[i + 24].v));
+  if (s.c.layout == kDense) {
+    for (size_t i = 0; i < n; ++i) {
+      if (i + 24 < n) __builtin_prefetch(&s.dense_entries[rows[i + 24].v]);
+      s.resolve(rows[i]);
+      __builtin_prefetch(rows[i].w);
     }
-    if (!dense && i + 12 < n)
-      if (const Entry* e = s.directory->likely(rows[i + 12].v)) __builtin_prefetch(e);
-    s.resolve(rows[i]);
-    if (rows[i].w) __builtin_prefetch(rows[i].w);
+    return;
+  }
+  constexpr size_t kBlock = 64;
+  Home homes[kBlock];
+  const Directory& directory = *s.directory;
+  for (size_t low = 0; low < n; low += kBlock) {
+    const size_t some = std::min(kBlock, n - low);
+    Row* const r = rows + low;
+    for (size_t i = 0; i < some; ++i) {
+      homes[i] = directory.home_of(r[i].v);
+      __builtin_prefetch(homes[i].tags);
+    }
+    for (size_t i = 0; i < some; ++i) __builtin_prefetch(directory.look(homes[i], r[i].v));
+    for (size_t i = 0; i < some; ++i) {
+      s.take(r[i], directory.settle(homes[i], r[i].v, r[i].table));
+      __builtin_prefetch(r[i].w);
+    }
   }
 }
 inline void resolve_all(Store& s, std::vector<Row>& rows) { resolve_rows(s, rows.data(), rows.size()); }
 
-inline void prefetch_floats(const float* at, int floats) {
+FIITED_INLINE void prefetch_floats(const float* at, int floats) {
   for (int i = 0; i < floats; i += 16) __builtin_prefetch(at + i);
 }
-inline void prefetch_weights(const Store& s, const Row& r, int parts) {
+FIITED_INLINE void prefetch_weights(const Store& s, const Row& r, int parts) {
   if (r.w) prefetch_floats(reinterpret_cast<const float*>(r.w), popcount(r.alive) * (parts > 1 ? s.chunk_bytes : s.c.chunk * s.weight_bytes) / 4);
   else if (r.refs)
     for (u32 m = r.alive; m; m &= m - 1) __builtin_prefetch(s.chunk_at(r, __builtin_ctz(m)));
 }
 // Part of what was tuned on a Xeon with AVX-512; on an EPYC with AVX2 a step took 15 to 27 % longer with it.
-inline void prefetch_write([[maybe_unused]] float* at, [[maybe_unused]] int floats) {
+FIITED_INLINE void prefetch_write([[maybe_unused]] float* at, [[maybe_unused]] int floats) {
 #ifdef __AVX512F__
   for (int i = 0; i < floats; i += 16) __builtin_prefetch(at + i, 1);
 #endif
@@ -140,6 +154,11 @@ inline void gather(const Store& s, const Batch& b, int t, const i64* offsets, i6
   const int k = s.tables[t].chunks, D = k * s.c.chunk;
   const u32 begin = b.table_start[t], end = b.table_start[t + 1];
   float* column = out + b.column[t];
+  const bool plain = !offsets && b.scale.empty() && mask_below <= 0 && s.c.layout != kChunked && !s.c.half;
+  auto plainly = [&](auto gather) { gather(b.rows.data(), b.inverse.data() + begin, end - begin, k, column, stride); };
+  if (plain && s.c.chunk == 4) return plainly(gather_plain<4>);
+  if (plain && s.c.chunk == 8) return plainly(gather_plain<8>);
+  if (plain && s.c.chunk == 16) return plainly(gather_plain<16>);
   if (!offsets && b.scale.empty()) {
     for (u32 i = begin; i < end; ++i) {
       if (i + 10 < end) prefetch_weights(s, b.rows[b.inverse[i + 10]], 1);

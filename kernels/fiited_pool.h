@@ -78,7 +78,7 @@ constexpr u32 kNoSlot = 0xffffffffu;
 class Pool {
  public:
   Pool(int classes, u32 chunk_bytes, i64 page_bytes, bool lifo, bool poison, Memory* memory)
-      : lifo_(lifo), poison_(poison), page_bytes_(page_bytes), memory_(memory) {
+      : lifo_(lifo), poison_(poison), chunk_bytes_(chunk_bytes), page_bytes_(page_bytes), memory_(memory) {
     classes_.resize(classes + 1);
     for (int m = 1; m <= classes; ++m) {
       classes_[m].bytes = u32(m) * chunk_bytes;
@@ -91,7 +91,7 @@ class Pool {
   u32 bytes(int m) const { return classes_[m].bytes; }
   u8* at(u32 slot, int m) const {
     const u32 page = slot >> index_bits_, index = slot & ((1u << index_bits_) - 1);
-    return bases_[page] + size_t(index) * classes_[m].bytes;
+    return bases_[page] + size_t(index) * m * chunk_bytes_;
   }
 
   u32 alloc(int m) {
@@ -247,6 +247,7 @@ class Pool {
   }
 
   bool lifo_, poison_;
+  u32 chunk_bytes_;
   int index_bits_ = 0;
   i64 page_bytes_, mapped_pages_ = 0;
   Memory* memory_;

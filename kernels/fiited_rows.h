@@ -5,7 +5,7 @@
 
 namespace fiited {
 
-inline void prefetch_entry(const Row& r) {
+FIITED_INLINE void prefetch_entry(const Row& r) {
   __builtin_prefetch(r.e, 1);
   __builtin_prefetch(r.u, 1);
 }
@@ -146,6 +146,26 @@ template <int L> inline void step_each(Store& s, Row& r, float* g, const float* 
   }
 }
 
+// apply_row in the case of fiited_plain.h: four chunks of C floats.
+template <int L, int C> inline bool apply_four(Store& s, Row& r, const float* g, float lr, float unit) {
+  alignas(16) float square[4];
+  float total = 0, kept = 0;
+  chunk_squares<L>(g, C, 4, square);
+  for (int j = 0; j < 4; ++j) {
+    total += square[j];
+    kept += r.alive >> j & 1 ? square[j] : 0.0f;
+  }
+  if (!(total < INFINITY)) { ++s.n.nonfinite; return false; }
+  if (!r.e) { miss(s, r, std::sqrt(total / 4.0f), unit); return true; }
+  step_four<C>(s, r, g, *reinterpret_cast<const v4*>(square), kept, s.c.utility == kGrad ? 1.0f : frequency(s, r.count), lr, unit);
+  return true;
+}
+inline bool all_four(const Store& s) {
+  for (const TableConfig& t : s.tables) if (t.chunks != 4) return false;
+  return s.c.layout != kChunked && s.c.optimizer <= kRowwiseAdagrad && s.c.utility <= kGrad && !s.c.half &&
+         !(s.c.weight_decay > 0) && !(s.c.clip > 0);
+}
+
 // One optimizer step of one row with summed gradient g. `missing` (or null) holds the gradient norms
 // of chunks whose gradients did not travel. Returns false, with nothing changed, if g is not finite.
 template <int L> inline bool apply_row(Store& s, Row& r, float* g, const float* missing, float lr, float unit) {
@@ -216,6 +236,7 @@ template <int L> inline i64 update_rows(Store& s, Batch& b, const float* grad, i
   alignas(64) float sum[4096];
   i64 rejected = 0;
   const size_t n = b.rows.size();
+  const bool four = all_four(s);
   const bool copy = s.c.clip > 0 || s.c.weight_decay > 0;   // then apply_row writes into the gradient
   auto at = [&](u32 value) { return grad + i64(b.bag[value]) * stride; };
   for (size_t i = 0; i < n; ++i) {
@@ -244,7 +265,9 @@ template <int L> inline i64 update_rows(Store& s, Batch& b, const float* grad, i
       if (p == r.start) for (int d = 0; d < D; d += L) *reinterpret_cast<V*>(sum + d) = *reinterpret_cast<const V*>(one + d) * weight;
       else for (int d = 0; d < D; d += L) *reinterpret_cast<V*>(sum + d) += *reinterpret_cast<const V*>(one + d) * weight;
     }
-    rejected += !apply_row<L>(s, r, g, nullptr, lr, unit);
+    if (four && s.c.chunk == 16) rejected += !apply_four<L, 16>(s, r, g, lr, unit);
+    else if (four && s.c.chunk == L) rejected += !apply_four<L, L>(s, r, g, lr, unit);
+    else rejected += !apply_row<L>(s, r, g, nullptr, lr, unit);
   }
   return rejected;
 }

@@ -42,7 +42,7 @@ class Sketch {
     return {utility, 1};
   }
 
-  void prefetch(u64 v) const { __builtin_prefetch(cells_.data() + 4 * index(v), 1); }
+  FIITED_INLINE void prefetch(u64 v) const { __builtin_prefetch(cells_.data() + 4 * index(v), 1); }
 
   void erase(u64 v) {   // the row has become resident
     u32* cell = cells_.data() + 4 * index(v);

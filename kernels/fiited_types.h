@@ -9,6 +9,9 @@
 #include <cstdint>
 #include <cstring>
 
+// A function that only prefetches has no effect in gcc's eyes: unless it is inlined early, calls of it go.
+#define FIITED_INLINE inline __attribute__((always_inline))
+
 namespace fiited {
 
 using u8 = std::uint8_t;

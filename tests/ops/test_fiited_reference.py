@@ -102,6 +102,22 @@ def test_rounds_over_four_chunks_of_equal_weight_equal_reference(shape: str) -> 
         assert_equal(compiled, reference)
 
 
+@pytest.mark.parametrize("chunk", [4, 8, 16])
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "sgd"])
+def test_rows_of_four_chunks_equal_reference(chunk: int, optimizer: str) -> None:
+    """All tables of four chunks take the short path of a step, on every instruction set."""
+    tables = tuple(replace(table, dim=4 * chunk) for table in TABLES)
+    fields = {"chunk": chunk, "optimizer": optimizer, "interval": 5, "tables": tables}
+    reference = build("reference", **fields)
+    expected = train(reference, 20)
+    lengths = reference.dims("a", np.arange(301)) // chunk
+    assert {0, 1, 4} <= set(lengths)
+    for isa in runnable_isas():
+        compiled = build("native", isa=isa, **fields)
+        assert all(np.array_equal(a, b) for a, b in zip(expected, train(compiled, 20)))
+        assert_equal(compiled, reference)
+
+
 def test_bags_means_and_weights_equal_reference() -> None:
     stores = [build(engine, admit_after=0) for engine in ("native", "reference")]
     outputs = [train(store, 12, bags=True) for store in stores]
