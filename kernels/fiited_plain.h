@@ -10,8 +10,8 @@
 namespace fiited {
 
 template <int C> struct Chunk {
-  using V = std::conditional_t<C % kWide == 0, Wide, std::conditional_t<C % 8 == 0 && (kWide > 8), v8, v4>>;
-  static constexpr int step = sizeof(V) / sizeof(float), parts = C / step;
+  static constexpr int step = C % kWide == 0 ? kWide : C % 8 == 0 && kWide > 8 ? 8 : 4, parts = C / step;
+  using V = typename Lanes<step>::type;   // not std::conditional: its argument would lose the alignment of 4
   static const V& at(const float* from, int p) { return *reinterpret_cast<const V*>(from + p * step); }
   static V& at(float* to, int p) { return *reinterpret_cast<V*>(to + p * step); }
 };

@@ -101,6 +101,7 @@ typedef i32 i4 __attribute__((vector_size(16), aligned(4), may_alias));
 inline bool any_bit(i4 a) { return ((a[0] | a[1]) | (a[2] | a[3])) != 0; }
 
 template <int L> struct Lanes;
+template <> struct Lanes<16> { using type = v16; };
 template <> struct Lanes<8> { using type = v8; };
 template <> struct Lanes<4> { using type = v4; };
 
