@@ -240,17 +240,18 @@ template <int L> inline i64 update_rows(Store& s, Batch& b, const float* grad, i
   const bool copy = s.c.clip > 0 || s.c.weight_decay > 0;   // then apply_row writes into the gradient
   auto at = [&](u32 value) { return grad + i64(b.bag[value]) * stride; };
   for (size_t i = 0; i < n; ++i) {
-    if (i + 24 < n) {   // the first line early: it warms the translation for the later ones
-      const Row& ahead = b.rows[i + 24];
+    if (i + 48 < n) {   // the first line early: it warms the translation for the later ones
+      const Row& ahead = b.rows[i + 48];
       if (ahead.e) {
         prefetch_entry(ahead);
         __builtin_prefetch(ahead.w, 1);
       } else if (s.sketch) s.sketch->prefetch(ahead.v);
     }
-    if (i + 12 < n) {
-      const Row& ahead = b.rows[i + 12];
+    if (i + 24 < n) {
+      const Row& ahead = b.rows[i + 24];
       prefetch_weights(s, ahead, 1 + s.states);
-      prefetch_floats(at(b.order[ahead.start]) + b.column[ahead.table], s.tables[ahead.table].chunks * s.c.chunk);
+      for (u32 p = 0; p < std::min(ahead.count, 4u); ++p)
+        prefetch_floats(at(b.order[ahead.start + p]) + b.column[ahead.table], s.tables[ahead.table].chunks * s.c.chunk);
     }
     Row& r = b.rows[i];
     const int D = s.tables[r.table].chunks * s.c.chunk;
