@@ -33,9 +33,11 @@ from raysys.training.lte.text import Corpus, TokenBlocks, corpus, to_bytes
 QUICK = ContestConfig(hidden=64, neurons=256, layers=3, heads=2, expert_size=8, length=64,
                       base_steps=250, steps=80, base_lr=3e-3, lr=1e-3, held_out=512)  # fmt: skip
 MIDDLE = ContestConfig(hidden=128, neurons=512, layers=4, heads=4, expert_size=16, length=128,
-                       base_steps=600, steps=240, base_lr=2e-3, lr=7e-4, held_out=512)  # fmt: skip
+                       base_steps=600, steps=240, base_lr=2e-3, lr=7e-4, stage1=0.2,
+                       stage2_rate=1.0, held_out=512)  # fmt: skip
 FULL = ContestConfig(hidden=320, neurons=1280, layers=6, heads=5, expert_size=32, length=128,
-                     base_steps=600, steps=240, base_lr=1e-3, lr=4e-4, held_out=256)  # fmt: skip
+                     base_steps=600, steps=240, base_lr=1e-3, lr=4e-4, stage1=0.2,
+                     stage2_rate=1.0, held_out=256)  # fmt: skip
 QUICK_METHODS = ("dense_tuned", "lte", "noisy_top_k", "random_router", "deja_vu", "cats", "teal",
                  "wanda", "keep_largest", "expert_oracle")  # fmt: skip
 
