@@ -123,7 +123,7 @@ def _sections(config: Config, result: dict[str, Any]) -> list[Section]:
             plots=[
                 Plot(
                     title="Perplexity and sparsity over training",
-                    caption="Held-out text, hard selection.",
+                    caption="Held-out text, hard selection." + _landed(result["landing_offset"]),
                     figure=curve_figure(result["curve"]),
                 ),
                 Plot(
@@ -134,6 +134,12 @@ def _sections(config: Config, result: dict[str, Any]) -> list[Section]:
             ],
         )
     ]
+
+
+def _landed(offset: float) -> str:
+    if not offset:
+        return ""
+    return f" The last point: after all thresholds moved by {offset:+.3f} to the target sparsity."
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:

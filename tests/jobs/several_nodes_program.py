@@ -25,8 +25,13 @@ WORKERS = 2
 LOSE_AFTER = 8
 
 
-def train(run_uri: str, on_round: Callable[[int], None]) -> tuple[str, int]:
-    """Train; return the digest of the final weights, and how many actors had to be replaced."""
+def train(
+    run_uri: str, on_round: Callable[[int], None], between: Callable[[], None] | None = None
+) -> tuple[str, int]:
+    """Train; return the digest of the final weights, and how many actors had to be replaced.
+
+    ``between`` runs after round ``LOSE_AFTER``, with all other rounds still to come.
+    """
     config = FederatedConfig()
     data = load_data(config.data, config.seed, None)
     population = make_population(config, data)
@@ -36,7 +41,13 @@ def train(run_uri: str, on_round: Callable[[int], None]) -> tuple[str, int]:
         config, data, population, spec, workers=WORKERS, run_uri=run_uri, checkpoint_every=50
     )
     try:
-        for summary in federated.rounds(ROUNDS):
+        have = 0
+        if between is not None:
+            have = LOSE_AFTER + 1
+            for summary in federated.rounds(have):
+                on_round(summary.round_id)
+            between()
+        for summary in federated.rounds(ROUNDS, have):
             on_round(summary.round_id)
         digest = hashlib.sha256(federated.weights().tobytes()).hexdigest()
         return digest, federated.health()["replaced"] + federated.restarts
@@ -51,6 +62,15 @@ def worker_nodes() -> list[str]:
     return sorted(
         actor["Address"]["NodeID"] for actor in alive if actor["ActorClassName"] == "WorkerActor"
     )
+
+
+def wait_until_lost(node: str, limit_s: float = 120.0) -> None:
+    """Until no worker lives on a node: its processes outlive their node by some seconds, in which a
+    fast machine would end the job with them.
+    """
+    deadline = time.monotonic() + limit_s
+    while node in worker_nodes() and time.monotonic() < deadline:
+        time.sleep(0.5)
 
 
 def wait_for_others(gone: str, limit_s: float = 90.0) -> list[str]:
@@ -79,16 +99,18 @@ def main() -> None:
     rounds: list[int] = []
     undisturbed, _ = train(f"{sys.argv[1]}/calm", lambda number: None)
 
-    def lose_a_node(number: int) -> None:
+    def lose_a_node() -> None:
+        seen["before"] = worker_nodes()
+        victim = next(node for node in nodes if node.node_id == seen["before"][0])
+        cluster.remove_node(victim, allow_graceful=False)
+        wait_until_lost(victim.node_id)
+
+    def note(number: int) -> None:
         rounds.append(number)
-        if number == LOSE_AFTER:
-            seen["before"] = worker_nodes()
-            victim = next(node for node in nodes if node.node_id == seen["before"][0])
-            cluster.remove_node(victim, allow_graceful=False)
         if number == ROUNDS - 1:
             seen["after"] = wait_for_others(seen["before"][0])
 
-    disturbed, replaced = train(f"{sys.argv[1]}/lost", lose_a_node)
+    disturbed, replaced = train(f"{sys.argv[1]}/lost", note, lose_a_node)
     digests = {"undisturbed": undisturbed, "disturbed": disturbed}
     result = {**seen, **digests, "rounds": rounds, "replaced": replaced}
     Path(sys.argv[1], "result.json").write_text(json.dumps(result))
