@@ -7,7 +7,10 @@ storage folder anyway, for the states.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import operator
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +33,9 @@ class RowLog:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in rows_of(path) if steps_done(row) <= step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        new = path.with_suffix(".new")
+        new.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        new.replace(path)  # at once: a reader or a kill in between sees the old rows
 
     def __call__(self, row: Row) -> None:
         plain = {key: value for key, value in row.items() if isinstance(value, (int, float))}
@@ -51,6 +56,40 @@ def rows_of(path: Path) -> list[Row]:
     return [json.loads(line) for line in lines]
 
 
+class _Reader:
+    """Reads on where it stopped, and anew when a resumed run has put another file in its place."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._seen: list[Row] = []
+        self._file, self._offset = -1, 0
+
+    def new_rows(self) -> list[Row]:
+        """Rows that were not there at the last call."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            number = os.fstat(file.fileno()).st_ino
+            if number != self._file:
+                return self._start_over(file.read(), number)
+            file.seek(self._offset)
+            return self._take(file.read())
+
+    def _start_over(self, data: bytes, number: int) -> list[Row]:
+        before, self._seen = self._seen, []
+        self._file, self._offset = number, 0
+        rows = self._take(data)
+        same = sum(1 for _ in itertools.takewhile(operator.truth, map(operator.eq, rows, before)))
+        return rows[same:]
+
+    def _take(self, data: bytes) -> list[Row]:
+        whole = data[: data.rfind(b"\n") + 1]
+        rows = [json.loads(line) for line in whole.splitlines()]
+        self._offset += len(whole)
+        self._seen += rows
+        return rows
+
+
 @contextlib.contextmanager
 def following(path: Path, on_row: Callable[[Row], None]) -> Iterator[None]:
     """Call a function with every row that is new while the block runs.
@@ -58,17 +97,12 @@ def following(path: Path, on_row: Callable[[Row], None]) -> Iterator[None]:
     After a restart of the worker, rows come again from the step of its last state.
     """
     stop = threading.Event()
-    seen = rows_of(path)
+    reader = _Reader(path)
+    reader.new_rows()  # an earlier run's
 
     def look() -> None:
-        nonlocal seen
-        rows = rows_of(path)
-        same = 0
-        while same < min(len(rows), len(seen)) and rows[same] == seen[same]:
-            same += 1
-        for row in rows[same:]:
+        for row in reader.new_rows():
             on_row(row)
-        seen = rows
 
     def loop() -> None:
         while not stop.wait(POLL_S):
