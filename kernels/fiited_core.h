@@ -162,11 +162,12 @@ class Store {
     write_weights(w, out, c.chunk);
   }
 
-  // Give the row exactly the chunks of `want`. New chunks are zero unless `fresh` (then random).
-  bool set_alive(Found f, u16 want, bool fresh) {
+  // Give the row exactly the chunks of `want`. New chunks are zero unless `fresh` (then random). `slot`: one
+  // of that length that the caller has taken for it.
+  bool set_alive(Found f, u16 want, bool fresh, u32 slot = kNoSlot) {
     const u16 have = f.entry->alive & kAliveMask;
     if (want == have) return true;
-    const bool done = c.layout == kSlabs ? move_slab(f, have, want, fresh) : swap_chunks(f, have, want, fresh);
+    const bool done = c.layout == kSlabs ? move_slab(f, have, want, fresh, slot) : swap_chunks(f, have, want, fresh);
     if (!done) { ++n.refused; return false; }
     const int more = popcount(want & ~have), fewer = popcount(have & ~want);
     alive += more - fewer;
@@ -183,13 +184,13 @@ class Store {
     return true;
   }
 
-  Found admit(u64 v, u16 t, u16 want, float utility) {
+  Found admit(u64 v, u16 t, u16 want, float utility, u32 slot = kNoSlot) {
     Found f = directory->insert(v, t);
-    if (!f.entry) { ++n.refused; return f; }
+    if (!f.entry) { if (slot != kNoSlot) pool->free(slot, popcount(want)); ++n.refused; return f; }
     f.entry->acc = c.acc0;
     f.entry->touched = step;
     for (int j = 0; j < tables[t].chunks; ++j) f.util[j] = utility;
-    if (!set_alive(f, want, true)) { directory->erase(f.entry); return {}; }
+    if (!set_alive(f, want, true, slot)) { directory->erase(f.entry); return {}; }
     sketch->erase(v);
     ++n.admitted;
     return f;
@@ -239,11 +240,19 @@ class Store {
   u32 zero_slot = kNoSlot;
 
  private:
-  bool move_slab(Found f, u16 have, u16 want, bool fresh) {
+  // Slots are multiples of 8 bytes, and most are too short for a call of memcpy to pay.
+  static void copy_words(u8* to, const u8* from, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 8) std::memcpy(to + i, from + i, 8);
+  }
+  static void zero_words(u8* to, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 8) std::memset(to + i, 0, 8);
+  }
+
+  bool move_slab(Found f, u16 have, u16 want, bool fresh, u32 slot) {
     const int from = popcount(have), to = popcount(want), C = c.chunk;
-    u32 slot = 0;
-    if (to) {
-      slot = pool->alloc(to);
+    if (!to) slot = 0;
+    else {
+      if (slot == kNoSlot) slot = pool->alloc(to);
       if (slot == kNoSlot) return false;
       u8* const target = pool->at(slot, to);
       const int keep = std::min(from, to);
@@ -251,8 +260,8 @@ class Store {
         const size_t width = size_t(C) * (s ? 4 : weight_bytes);
         const size_t before = s ? size_t(C) * (weight_bytes + 4 * (s - 1)) : 0;
         u8* part = target + before * to;
-        if (keep) std::memcpy(part, pool->at(f.entry->slot, from) + before * from, width * keep);
-        std::memset(part + width * keep, 0, width * (to - keep));
+        if (keep) copy_words(part, pool->at(f.entry->slot, from) + before * from, width * keep);
+        zero_words(part + width * keep, width * (to - keep));
       }
       for (int j = keep; fresh && j < to; ++j)
         init_chunk(f.entry->key, f.entry->table, j, target + j * C * weight_bytes);

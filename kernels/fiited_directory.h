@@ -98,6 +98,14 @@ class Directory {
     return find(v, table);
   }
 
+  // Where insert() would most likely put a row.
+  Found vacancy(u64 v) const {
+    const Segment& s = segment_of(v);
+    const u32 g = home(s, v);
+    const u32 taken = live_group(s.tags + size_t(g) * 16);
+    return at(s, size_t(g) * 16 + (taken == 0xffff ? 0 : __builtin_ctz(~taken)));
+  }
+
   // First entry whose tag matches in the home group: what find() will most likely read.
   const Entry* likely(u64 v) const {
     const Segment& s = segment_of(v);

@@ -5,6 +5,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "fiited_types.h"
@@ -69,6 +70,7 @@ class Memory {
 struct Page {
   u8* base = nullptr;
   u32 cls = 0, live = 0, capacity = 0, hint = 0, level = 0, position = 0;
+  u32 low = 0, high = 0;   // its level stays the same while low <= live < high
   std::vector<u64> used;
 };
 
@@ -103,8 +105,7 @@ class Pool {
       mark(slot);
       return slot;
     }
-    for (int level = kLevels - 1; level >= 0; --level)
-      if (!c.levels[level].empty()) return take(c.levels[level].back());
+    if (c.open) return take(c.levels[31 - __builtin_clz(c.open)].back());
     const u32 page = carve(m);
     return page == kNoSlot ? kNoSlot : take(page);
   }
@@ -132,6 +133,9 @@ class Pool {
     if (lifo_ || c.free() <= i64(c.per_page) + i64(c.live * 3 / 100)) return kNoSlot;
     for (const auto& level : c.levels) if (!level.empty()) return level.front();
     return kNoSlot;
+  }
+  FIITED_INLINE void prefetch_mark(u32 slot) const {   // what free() reads
+    __builtin_prefetch(&pages_[slot >> index_bits_].used[(slot & ((1u << index_bits_) - 1)) >> 6], 1);
   }
   u32 page_of(u32 slot) const { return slot >> index_bits_; }
   bool fuller_page_exists(u32 page, int m) const {
@@ -171,6 +175,7 @@ class Pool {
     u32 bytes = 0, per_page = 0;
     i64 live = 0, capacity = 0;
     std::vector<u32> levels[kLevels + 1], stack;
+    u32 open = 0;   // bits of the levels below kLevels that have a page
     i64 free() const { return capacity - live; }
   };
 
@@ -194,10 +199,9 @@ class Pool {
   }
   void move_level(u32 number) {
     Page& page = pages_[number];
-    const u32 level = page.live == page.capacity ? kLevels : page.live * kLevels / page.capacity;
-    if (level == page.level) return;
+    if (page.live - page.low < page.high - page.low) return;
     unlist(number);
-    list(number, level);
+    list(number, page.live == page.capacity ? kLevels : page.live * kLevels / page.capacity);
   }
   void unlist(u32 number) {
     Page& page = pages_[number];
@@ -205,13 +209,18 @@ class Pool {
     from[page.position] = from.back();
     pages_[from[page.position]].position = page.position;
     from.pop_back();
+    if (from.empty()) classes_[page.cls].open &= ~(1u << page.level);
   }
   void list(u32 number, u32 level) {
     Page& page = pages_[number];
     auto& to = classes_[page.cls].levels[level];
     page.level = level;
+    page.low = level == kLevels ? page.capacity : (level * page.capacity + kLevels - 1) / kLevels;
+    page.high = level == kLevels ? page.capacity + 1
+                                 : std::min(page.capacity, ((level + 1) * page.capacity + kLevels - 1) / kLevels);
     page.position = u32(to.size());
     to.push_back(number);
+    if (level < kLevels) classes_[page.cls].open |= 1u << level;
   }
   u32 carve(int m) {
     u32 number = vacant_.empty() ? u32(pages_.size()) : vacant_.back();

@@ -1,7 +1,7 @@
 // Adjustment: a whole round with its exact threshold, a slice of the continuous mode, compaction.
 #pragma once
 
-#include "fiited_adjust.h"
+#include "fiited_scan.h"
 
 namespace fiited {
 
@@ -38,70 +38,48 @@ inline void next_round(Store& s) {
   s.window_weight = 0;
 }
 
-// The threshold of a round over a range, and the rows that it can still change.
-inline Cut exact_cut(const Store& s, const Range& range, i64 target, u64 salt, Listed& places) {
-  const std::vector<i64> bins = whole_histogram(s, range);
-  i64 above = 0;
-  int b = kBins - 1;
-  for (; b >= 0 && above + bins[b] <= target; --b) above += bins[b];
-  list_places(s, range, u32(std::max(b, 0)), places);
-  if (b < 0) return {};
-  std::vector<std::pair<float, u64>> members;
-  members.reserve(size_t(bins[b]));
-  collect_from(s, [&](auto f) { each_listed(s, places.edge, range.table, f); }, range.table, u32(b), salt, members);
-  const size_t need = size_t(target - above);
-  std::nth_element(members.begin(), members.begin() + need, members.end(), std::greater<>());
-  return {members[need].first, members[need].second};
-}
-
-// Where the exchange of a whole round ends, by bins: a round that swaps a few percent must not list
-// every chunk that would like to move.
-struct Survey { Exchange exchange; Bounds bounds; };
-inline Survey survey(const Store& s, const Places& places, const Cut& cut, u64 salt, i64 target, i64 churn) {
-  std::vector<i64> grow(kBins, 0), evict(kBins, 0);
-  i64 growers = 0, victims = 0;
-  each_change(s, [&](auto f) { each_listed(s, places, -1, f); }, cut, salt,
-              [&](Segment&, size_t, const float* score, int j, bool grows) {
-    ++(grows ? grow : evict)[bits_of(score[j]) >> 16];
-    ++(grows ? growers : victims);
-  });
-  for (const Candidate& q : s.queue)
-    if (cut.below(q.score, tie_of(q.key, q.table, salt, 0))) { ++grow[bits_of(q.score) >> 16]; ++growers; }
-  Survey found{exchange_size(s.alive, target, growers, victims, churn), {}};
-  u32 from = kBins, to = 0;
-  for (i64 sum = 0; from > 0 && sum < found.exchange.grow;) sum += grow[--from];
-  for (i64 sum = evict[0]; to + 1 < kBins && sum < found.exchange.evict;) sum += evict[++to];
-  found.bounds = {from, to};
-  return found;
-}
-
-inline void full_round(Store& s) {
+inline void full_round(Store& s, Desk& desk) {
   unique_queue(s);
   const i64 target = target_slots(s);
   const u64 salt = mix(s.c.seed + s.round);
   const i64 churn = std::max<i64>(1, i64(s.c.churn_cap * double(s.c.slots)));
-  Exchange x;
-  Listed places;
-  if (s.c.by_table) {
-    i64 weight = 0;
-    for (const TableConfig& t : s.tables) weight += t.dense_rows;
-    for (int t = 0; t < s.c.tables; ++t) {
-      Range range; range.table = t;
-      const i64 share = weight ? i64(double(target) * double(s.tables[t].dense_rows) / double(weight)) : target / s.c.tables;
-      const Cut cut = exact_cut(s, range, share, salt, places);
-      plan_from(s, [&](auto f) { each_listed(s, places.all, t, f); }, t, cut, salt, {});
+  desk.clear(s.c.max_chunks);
+  Listed& listed = desk.listed;
+  Moves &growers = desk.growers, &victims = desk.victims;
+  std::vector<Cut> cuts;
+  i64 weight = 0;
+  for (const TableConfig& t : s.tables) weight += t.dense_rows;
+  for (int t = 0; t < (s.c.by_table ? s.c.tables : 1); ++t) {
+    Range range;
+    i64 share = target;
+    if (s.c.by_table) {
+      range.table = t;
+      share = weight ? i64(double(target) * double(s.tables[t].dense_rows) / double(weight)) : target / s.c.tables;
     }
-    x = exchange_size(s.alive, target, i64(s.growers.size()), i64(s.victims.size()), churn);
-  } else {
-    s.cut = exact_cut(s, {}, target, salt, places);
-    const Survey found = survey(s, places.all, s.cut, salt, target, churn);
-    x = found.exchange;
-    if (x.grow || x.evict) plan_from(s, [&](auto f) { each_listed(s, places.all, -1, f); }, -1, s.cut, salt, found.bounds);
+    const size_t first = listed.rows.size();
+    cuts.push_back(exact_cut(s, range, share, salt, listed));
+    survey(s, listed, first, cuts.back(), salt, growers, victims);
   }
-  keep_best(s.growers, size_t(x.grow));
-  keep_worst(s.victims, size_t(x.evict));
-  apply_plan(s);
+  if (!s.c.by_table) s.cut = cuts[0];
+  for (const Candidate& q : s.queue)
+    if (cuts[s.c.by_table ? q.table : 0].below(q.score, tie_of(q.key, q.table, salt, 0)))
+      growers.add({q.key, nullptr, 0, 0, q.score, q.table, u16(kAdmit | 1)});
+  const Exchange x = exchange_size(s.alive, target, growers.chunks, victims.chunks, churn);
+  keep<false>(listed, victims, x.evict, salt);
+  keep<true>(listed, growers, x.grow, salt);
+  by_row(victims.rows, 0, victims.rows.size());
+  evict_rows(s, victims.rows);
+  if (growers.chunks > s.free_slots()) {
+    const i64 room = std::max<i64>(0, s.free_slots());
+    s.n.refused += growers.chunks - room;
+    keep<true>(listed, growers, room, salt);
+  }
+  auto is_queued = [](const Move& m) { return bool(m.bits & kAdmit); };   // they are in order already
+  const Move* const queued = std::find_if(growers.rows.begin(), growers.rows.end(), is_queued);
+  by_row(growers.rows, 0, size_t(queued - growers.rows.begin()));
+  grow_rows(s, growers.rows);
   s.queue.clear();
+  desk.leave();
 }
 
 // Continuous mode: one slice of the key space per step; the threshold comes from the decayed

@@ -10,6 +10,7 @@ namespace {
 struct Handle {
   Store store;
   Scratch scratch;
+  Desk desk;
   i64 scratch_bytes = 0;
   Handle(const Config& c, const TableConfig* t) : store(c, t) {}
 };
@@ -77,7 +78,7 @@ void fill_counters(const Handle& h, Counters* out) {
   out->steps = s.step; out->round = s.round; out->alive = s.alive; out->pinned = s.pinned;
   out->scale = s.scale; out->cut_score = s.cut.score; out->window_weight = s.window_weight;
   out->queue = i64(s.queue.size());
-  out->scratch_bytes = h.scratch_bytes + h.scratch.bytes() + i64(s.window.size() + s.evicted_lately.size() + 1024 * s.registers.size()) * 4;
+  out->scratch_bytes = h.scratch_bytes + h.scratch.bytes() + h.desk.bytes() + i64(s.window.size() + s.evicted_lately.size() + 1024 * s.registers.size()) * 4;
   out->mapped_peak = s.memory.peak;
   if (s.c.layout == kDense) { out->rows = i64(s.dense_entries.size()); out->pool_mapped = out->pool_live = s.dense_bytes; return; }
   out->rows = s.directory->rows();
@@ -228,10 +229,11 @@ i64 fiited_update(void* raw, void* batch, const float* grad, i64 stride, float l
 
 // Ends a step. slices > 0: one slice of the continuous mode. slices = 0: count the step only.
 i64 fiited_end_step(void* raw, i64 slices, i64 compact_rows) {
-  return guarded(raw, [&](Handle&, Store& s) -> i64 {
+  return guarded(raw, [&](Handle& h, Store& s) -> i64 {
     if (s.c.layout == kDense) { ++s.step; return kOk; }
     if (s.frozen) return kFrozen;
     if (slices > 0) {
+      h.desk = {};   // whole rounds are rare here
       slice(s, slices);
       if (compact_rows) {
         const u64 width = ~u64(0) / u64(slices), index = s.step % slices;
@@ -243,9 +245,9 @@ i64 fiited_end_step(void* raw, i64 slices, i64 compact_rows) {
   });
 }
 i64 fiited_round(void* raw) {
-  return guarded(raw, [](Handle&, Store& s) -> i64 {
+  return guarded(raw, [](Handle& h, Store& s) -> i64 {
     if (s.frozen || !s.directory) return kFrozen;
-    full_round(s);
+    full_round(s, h.desk);
     next_round(s);
     return kOk;
   });
@@ -311,7 +313,7 @@ i64 fiited_apply(void* raw, i64 grow, i64 evict, i64 elsewhere) {
 }
 
 i64 fiited_set_budget(void* raw, i64 slots, i64 bytes) {
-  return guarded(raw, [&](Handle&, Store& s) -> i64 {
+  return guarded(raw, [&](Handle& h, Store& s) -> i64 {
     i64 held = 0;
     s.directory->for_each([&](Segment& g) {
       for (size_t i = 0; i < s.directory->capacity(g); ++i)
@@ -324,7 +326,7 @@ i64 fiited_set_budget(void* raw, i64 slots, i64 bytes) {
     s.memory.limit = 0;
     if (s.alive > slots || (bytes && s.memory.mapped > bytes)) {
       s.c.min_alive = -1;
-      full_round(s);
+      full_round(s, h.desk);
       s.c.min_alive = min_alive;
       for (i64 now = 1; now;) now = compact(s, {}, i64(1) << 40);
       s.pool->release_empty();

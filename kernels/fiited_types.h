@@ -9,6 +9,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 // A function that only prefetches has no effect in gcc's eyes: unless it is inlined early, calls of it go.
 #define FIITED_INLINE inline __attribute__((always_inline))
 
@@ -98,7 +102,14 @@ using Wide = v4;
 #endif
 constexpr int kWide = sizeof(Wide) / sizeof(float);
 typedef i32 i4 __attribute__((vector_size(16), aligned(4), may_alias));
-inline bool any_bit(i4 a) { return ((a[0] | a[1]) | (a[2] | a[3])) != 0; }
+// The signs of four lanes as bits.
+inline u32 lanes(i4 a) {
+#ifdef __SSE2__
+  return u32(_mm_movemask_ps(reinterpret_cast<__m128>(a)));
+#else
+  return u32(a[0] < 0) | u32(a[1] < 0) << 1 | u32(a[2] < 0) << 2 | u32(a[3] < 0) << 3;
+#endif
+}
 
 template <int L> struct Lanes;
 template <> struct Lanes<16> { using type = v16; };

@@ -39,11 +39,10 @@ static inline void block(const typename M::Weight* w, const typename M::Input* c
       for (int t = 0; t < N; ++t)
         acc[r * N + t] = M::step(acc[r * N + t], w + r * d + k, x[t] + k);
   float sums[R * N];
-  if constexpr (R * N == 8) {
-    sum8(acc, sums);
-  } else {
-    for (int i = 0; i < R * N; ++i) sums[i] = sum(acc[i]);
-  }
+  int i = 0;
+  for (; i + 8 <= R * N; i += 8) sum8(acc + i, sums + i);
+  for (; i + 4 <= R * N; i += 4) sum4(acc + i, sums + i);
+  for (; i < R * N; ++i) sums[i] = sum(acc[i]);
   for (int r = 0; r < R; ++r)
     for (int t = 0; t < N; ++t) {
       float s = sums[r * N + t];
@@ -55,7 +54,7 @@ static inline void block(const typename M::Weight* w, const typename M::Input* c
 template <class M, int N>
 static void dots_n(const typename M::Weight* w, int64_t rows, const typename M::Input* const* x,
                    int64_t d, float* out, int stride) {
-  constexpr int R = N == 1 ? 8 : (N == 2 ? 4 : 2);
+  constexpr int R = N == 1 ? 8 : (N == 4 ? 2 : 4);
   int64_t r = 0;
   if constexpr (N == 4)
     for (; r + WIDE <= rows; r += WIDE) block<M, WIDE, N>(w + r * d, x, d, out + r, stride);
@@ -106,29 +105,61 @@ struct Down {
   static constexpr int R = 8;
   static void add_rows(const W* w, int64_t rows, int64_t d, const float* a, int stride,
                        float* const* y, int tokens) {
-    int64_t r = 0;
-    for (; r + R <= rows; r += R) tile<R>(w + r * d, d, a + r, stride, y, tokens);
-    for (; r < rows; ++r) tile<1>(w + r * d, d, a + r, stride, y, tokens);
+    constexpr int MANY = LANES == 16 ? 6 : 3;  // vectors x 4 tokens that fit into the registers
+    switch (tokens) {
+      case 1: return one(w, rows, d, a, y[0]);
+      case 2: return columns<2, MANY + 1>(w, rows, d, a, stride, y);
+      case 3: return columns<3, MANY>(w, rows, d, a, stride, y);
+      default: return columns<4, MANY>(w, rows, d, a, stride, y);
+    }
   }
   static void finish(const float* y, int64_t d, float* out) { std::memcpy(out, y, d * sizeof(float)); }
 
  private:
-  template <int N>
-  static inline void tile(const W* w, int64_t d, const float* a, int stride, float* const* y,
-                          int tokens) {
+  // Several tokens: y stays in registers while all rows pass, a few columns at a time.
+  template <int N, int C>
+  static void columns(const W* w, int64_t rows, int64_t d, const float* a, int stride,
+                      float* const* y) {
     int64_t k = 0;
-    for (; k + LANES <= d; k += LANES) {
-      V row[N];
-      for (int r = 0; r < N; ++r) row[r] = load(w + r * d + k);
-      for (int t = 0; t < tokens; ++t) {
-        V acc = load(y[t] + k);
-        for (int r = 0; r < N; ++r) acc = fma(splat(a[t * stride + r]), row[r], acc);
-        store(y[t] + k, acc);
+    for (; k + C * LANES <= d; k += C * LANES) strip<N, C>(w + k, rows, d, a, stride, y, k);
+    for (; k + LANES <= d; k += LANES) strip<N, 1>(w + k, rows, d, a, stride, y, k);
+    for (; k < d; ++k)
+      for (int t = 0; t < N; ++t)
+        for (int64_t r = 0; r < rows; ++r) y[t][k] += a[t * stride + r] * widen(w[r * d + k]);
+  }
+  template <int N, int C>
+  static inline void strip(const W* w, int64_t rows, int64_t d, const float* a, int stride,
+                           float* const* y, int64_t k) {
+    V acc[N][C];
+    for (int t = 0; t < N; ++t)
+      for (int c = 0; c < C; ++c) acc[t][c] = load(y[t] + k + c * LANES);
+    for (int64_t r = 0; r < rows; ++r, w += d) {
+      V row[C];
+      for (int c = 0; c < C; ++c) row[c] = load(w + c * LANES);
+      for (int t = 0; t < N; ++t) {
+        const V by = splat(a[t * stride + r]);
+        for (int c = 0; c < C; ++c) acc[t][c] = fma(by, row[c], acc[t][c]);
       }
     }
+    for (int t = 0; t < N; ++t)
+      for (int c = 0; c < C; ++c) store(y[t] + k + c * LANES, acc[t][c]);
+  }
+  // One token: the weights come from memory and are read in their order, R rows side by side.
+  static void one(const W* w, int64_t rows, int64_t d, const float* a, float* y) {
+    int64_t r = 0;
+    for (; r + R <= rows; r += R) tile<R>(w + r * d, d, a + r, y);
+    for (; r < rows; ++r) tile<1>(w + r * d, d, a + r, y);
+  }
+  template <int N>
+  static inline void tile(const W* w, int64_t d, const float* a, float* y) {
+    int64_t k = 0;
+    for (; k + LANES <= d; k += LANES) {
+      V acc = load(y + k);
+      for (int r = 0; r < N; ++r) acc = fma(splat(a[r]), load(w + r * d + k), acc);
+      store(y + k, acc);
+    }
     for (; k < d; ++k)
-      for (int t = 0; t < tokens; ++t)
-        for (int r = 0; r < N; ++r) y[t][k] += a[t * stride + r] * widen(w[r * d + k]);
+      for (int r = 0; r < N; ++r) y[k] += a[r] * widen(w[r * d + k]);
   }
 };
 
@@ -254,6 +285,17 @@ static void route_rows(const Layer& l, const X* x, int64_t T, int64_t first, int
   }
 }
 
+// g[:] = act(row + bias) (* (up + bias)) of one token and one expert; up, u and bias may be null.
+template <class W>
+static inline void activate_into(const Layer& l, const W* row, const W* up, const float* bias,
+                                 float* g, float* u) {
+  const int64_t E = l.E;
+  for (int64_t j = 0; j < E; ++j) g[j] = widen(row[j]) + (bias ? bias[j] : 0.0f);
+  if (up)
+    for (int64_t j = 0; j < E; ++j) u[j] = widen(up[j]) + (bias ? bias[l.f + j] : 0.0f);
+  activate(g, up ? u : nullptr, E, l.act);
+}
+
 // z[t, :] = act(z) (* up) where an expert of [first, last) is on, else 0; z and up are [T, f].
 template <class W>
 static void activate_rows(const Layer& l, W* z, const W* up, int64_t T, const int32_t* offsets,
@@ -262,26 +304,24 @@ static void activate_rows(const Layer& l, W* z, const W* up, int64_t T, const in
   Scratch& scratch = scratch_of_thread();
   float* g = scratch.floats(0, E);
   float* u = scratch.floats(1, E);
-  std::vector<int32_t>& next = scratch.lists;  // place in each expert's list of tokens
+  std::vector<int32_t>& next = scratch.next;  // place in each expert's list of tokens
   next.assign(offsets + first, offsets + last);
   for (int64_t t = 0; t < T; ++t)
     for (int64_t e = first; e < last; ++e) {
       W* row = z + t * l.f + e * E;
+      const W* over = up ? up + t * l.f + e * E : nullptr;
       int32_t& i = next[size_t(e - first)];
       if (i == offsets[e + 1] || tokens[i] != t) {
         std::memset(row, 0, size_t(E) * sizeof(W));
         continue;
       }
       ++i;
-      for (int64_t j = 0; j < E; ++j) g[j] = widen(row[j]);
-      if (up)
-        for (int64_t j = 0; j < E; ++j) u[j] = widen(up[t * l.f + e * E + j]);
-      if (l.bias)
-        for (int64_t j = 0; j < E; ++j) {
-          g[j] += l.bias[e * E + j];
-          if (up) u[j] += l.bias[l.f + e * E + j];
+      if constexpr (std::is_same<W, float>::value)
+        if (!l.bias) {
+          activate(row, over, E, l.act);
+          continue;
         }
-      activate(g, up ? u : nullptr, E, l.act);
+      activate_into(l, row, over, l.bias ? l.bias + e * E : nullptr, g, u);
       for (int64_t j = 0; j < E; ++j) put(row + j, g[j]);
     }
 }

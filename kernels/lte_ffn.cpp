@@ -193,27 +193,30 @@ void lte_masked(const Layer* l, const void* x, int64_t T, int isa, int threads,
   compute(k, *l, inputs_of(k, *l, x, T, false), T, threads, offsets, tokens, y);
 }
 
-// The dense path's middle, in place: z [T, f] = act(z) (* up) where an expert is on, else 0.
+// The dense path's middle, in place: z [T, f] = act(z) (* up) where an expert is on, else 0. Null
+// lists are those that this thread's latest lte_ffn kept.
 void lte_activate(const Layer* l, void* z, const void* up, int64_t T, int isa, int threads,
                   const int32_t* offsets, const int32_t* tokens) {
   const Kernels& k = kernels_of(isa);
+  if (!offsets) {
+    offsets = scratch_of_thread().lists.data();
+    tokens = offsets + l->n + 1;
+  }
   const int parts = T * l->f < (1 << 16) ? 1 : int(std::min<int64_t>(threads, l->n));
   parallel(parts, [&](int p) {
     k.activate(*l, z, up, T, offsets, tokens, l->n * p / parts, l->n * (p + 1) / parts);
   });
 }
 
-// Both in one. Returns nnz; where it is above `most`, y is left alone and the lists are in
-// `offsets` and `tokens` (which may be null when `most` cannot be exceeded).
+// Both in one. Returns nnz; where it is above `most`, y is left alone and the lists are kept for
+// this thread's lte_activate.
 int64_t lte_ffn(const Layer* l, const void* x, int64_t T, float threshold, int isa, int threads,
-                int64_t most, int32_t* offsets, int32_t* tokens, void* y) {
+                int64_t most, void* y) {
   const Kernels& k = kernels_of(isa);
   Scratch& scratch = scratch_of_thread();
-  if (!offsets) {
-    scratch.lists.resize(size_t(l->n * (T + 1) + 1));
-    offsets = scratch.lists.data();
-    tokens = offsets + l->n + 1;
-  }
+  scratch.lists.resize(size_t(l->n * (T + 1) + 1));
+  int32_t* offsets = scratch.lists.data();
+  int32_t* tokens = offsets + l->n + 1;
   const Inputs in = inputs_of(k, *l, x, T, true);
   route(k, *l, in, T, threshold, threads, offsets, tokens);
   const int64_t count = offsets[l->n];

@@ -56,7 +56,8 @@ struct Scratch {
   std::vector<float> slots[4];
   std::vector<float> row;
   std::vector<uint8_t> mask;
-  std::vector<int32_t> lists;
+  std::vector<int32_t> lists;  // of the latest call that gave none of its own
+  std::vector<int32_t> next;
   float* floats(int slot, int64_t count) {
     if (int64_t(slots[slot].size()) < count) slots[slot].resize(size_t(count));
     return slots[slot].data();

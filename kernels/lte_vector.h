@@ -101,7 +101,7 @@ static inline V exp_of(V a) {
   return scale2(fma(mul(r, r), p, add(r, splat(1.0f))), power);
 }
 
-// Eight sums at once: half the shuffles of eight single ones.
+// Eight and four sums at once: half the shuffles of as many single ones.
 static inline void sum8(const V* a, float* out) {
   __m256 s0 = _mm256_hadd_ps(half(a[0]), half(a[1])), s1 = _mm256_hadd_ps(half(a[2]), half(a[3]));
   __m256 s2 = _mm256_hadd_ps(half(a[4]), half(a[5])), s3 = _mm256_hadd_ps(half(a[6]), half(a[7]));
@@ -109,8 +109,16 @@ static inline void sum8(const V* a, float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(t0), _mm256_extractf128_ps(t0, 1)));
   _mm_storeu_ps(out + 4, _mm_add_ps(_mm256_castps256_ps128(t1), _mm256_extractf128_ps(t1, 1)));
 }
+static inline void sum4(const V* a, float* out) {
+  __m256 s0 = _mm256_hadd_ps(half(a[0]), half(a[1])), s1 = _mm256_hadd_ps(half(a[2]), half(a[3]));
+  __m256 t0 = _mm256_hadd_ps(s0, s1);
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(t0), _mm256_extractf128_ps(t0, 1)));
+}
 #else
 static inline void sum8(const V* a, float* out) {
   for (int i = 0; i < 8; ++i) out[i] = sum(a[i]);
+}
+static inline void sum4(const V* a, float* out) {
+  for (int i = 0; i < 4; ++i) out[i] = sum(a[i]);
 }
 #endif

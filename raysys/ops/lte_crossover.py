@@ -25,7 +25,7 @@ from raysys.ops.lte_native import ISAS, NativeLayer
 
 _LOG = logging.getLogger(__name__)
 BUCKETS = (1, 4, 8, 16, 32, 64, 256)
-VERSION = 2  # of the kernel: what was measured for another one does not hold
+VERSION = 3  # of the kernel: what was measured for another one does not hold
 PATIENCE_S = 2.0  # once a bucket took longer, larger ones take its figure (large layers)
 MARGIN = 0.97  # the sparse path must be at least this much better, or dense is taken
 # Before a measurement: what was measured for several shapes on a CPU with AVX-512.

@@ -57,7 +57,7 @@ def library() -> ctypes.CDLL:
     ]  # fmt: skip
     lib.lte_ffn.restype = _LONG
     lib.lte_ffn.argtypes = [
-        layer, _POINTER, _LONG, ctypes.c_float, _INT, _INT, _LONG, _POINTER, _POINTER, _POINTER,
+        layer, _POINTER, _LONG, ctypes.c_float, _INT, _INT, _LONG, _POINTER,
     ]  # fmt: skip
     return lib
 
@@ -93,6 +93,8 @@ class NativeLayer:
     isa: int | None = None
     struct: Any = None
     _where: Any = None
+    _gate: Any = None  # views of w_in
+    _up: Any = None
 
     def __post_init__(self) -> None:
         neurons, hidden = self.w_out.shape
@@ -110,6 +112,8 @@ class NativeLayer:
             _DTYPES[self.wr.dtype],
         )  # fmt: skip
         self._where = ctypes.byref(self.struct)
+        self._gate = self.w_in[:neurons]
+        self._up = self.w_in[neurons:] if gated else None
 
     def _check(self, neurons: int, hidden: int, experts: int) -> None:
         for name in ("w_in", "w_out", "wr"):
@@ -185,43 +189,40 @@ class NativeLayer:
 
         ``x`` must be contiguous [T, D] of the weights' type.
         """
-        neurons = self.struct.f
-        z = functional.linear(x, self.w_in[:neurons])
-        up = functional.linear(x, self.w_in[neurons:]) if self.struct.gated else None
-        library().lte_activate(
-            self._where, z.data_ptr(), _address(up), len(x), self.isa, threads,
-            offsets.data_ptr(), tokens.data_ptr(),
-        )  # fmt: skip
-        return z @ self.w_out
+        y = torch.empty_like(x)
+        self._products(x, y, threads, (offsets.data_ptr(), tokens.data_ptr()))
+        return y
 
-    def ffn(self, x: Tensor, threshold: float, threads: int) -> tuple[Tensor, int]:
+    def ffn(
+        self, x: Tensor, threshold: float, threads: int, most: int | None = None
+    ) -> tuple[Tensor, int]:
         """Router and experts in one call: y of x's shape, and the number of pairs that were on.
 
         ``x`` must be contiguous [..., D] of the weights' type (see :meth:`check`): this is the
-        fast path.
+        fast path. Where more than ``most`` pairs are on, y comes from :meth:`dense`'s products;
+        the lists stay inside the kernel, which costs less than handing them over.
         """
         y = torch.empty_like(x)
-        rows = x.numel() // x.shape[-1]
+        hidden = x.shape[-1]
+        rows = x.numel() // hidden
+        most = rows * self.struct.n if most is None else most
         count = library().lte_ffn(
-            self._where, x.data_ptr(), rows, threshold, self.isa, threads,
-            rows * self.struct.n, None, None, y.data_ptr(),
-        )  # fmt: skip
+            self._where, x.data_ptr(), rows, threshold, self.isa, threads, most, y.data_ptr()
+        )
+        if count > most:
+            self._products(x.view(rows, hidden), y.view(rows, hidden), threads, (None, None))
         return y, count
 
-    def ffn_or_lists(
-        self, x: Tensor, threshold: float, threads: int, most: int
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, int]:
-        """Like :meth:`ffn`, unless more than ``most`` pairs are on: then y is empty and the
-        lists are given.
-        """
-        y = torch.empty_like(x)
-        offsets = torch.empty(self.struct.n + 1, dtype=torch.int32)
-        tokens = torch.empty(x.shape[0] * self.struct.n, dtype=torch.int32)
-        count = library().lte_ffn(
-            self._where, x.data_ptr(), x.shape[0], threshold, self.isa, threads, most,
-            offsets.data_ptr(), tokens.data_ptr(), y.data_ptr(),
-        )  # fmt: skip
-        return y, (None if count <= most else (offsets, tokens[:count])), count
+    def _products(
+        self, x: Tensor, y: Tensor, threads: int, lists: tuple[int | None, int | None]
+    ) -> None:
+        """y [T, D] of addresses of lists; None stands for those that the kernel kept."""
+        z = functional.linear(x, self._gate)
+        up = None if self._up is None else functional.linear(x, self._up)
+        library().lte_activate(
+            self._where, z.data_ptr(), _address(up), len(x), self.isa, threads, *lists
+        )
+        torch.mm(z, self.w_out, out=y)
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -146,16 +146,9 @@ def _ffn_cpu(
     count, experts = x.numel() // shape[-1], wr.shape[0]
     most = crossover.most(count, experts, threads())
     threshold += _offset[0]
-    if most >= count * experts:
-        y, active = layer.ffn(x.contiguous(), threshold, threads())
-        PATHS.count(count, experts, active, dense=False)
-        return y
-    rows = x.reshape(-1, shape[-1]).contiguous()
-    y, lists, active = layer.ffn_or_lists(rows, threshold, threads(), most)
-    PATHS.count(count, experts, active, dense=lists is not None)
-    if lists is not None:
-        y = layer.dense(rows, *lists, threads())
-    return y.view(shape)
+    y, active = layer.ffn(x.contiguous(), threshold, threads(), most)
+    PATHS.count(count, experts, active, dense=active > most)
+    return y
 
 
 def _ffn_torch(
