@@ -144,6 +144,34 @@ def test_table_scope_weight_decay_clip_and_lifo_equal_reference() -> None:
     assert_equal(*stores)
 
 
+@pytest.mark.parametrize("scope", ["global", "table"])
+def test_rounds_that_split_segments_equal_reference(scope: str) -> None:
+    """Rows of both tables grow while rows from the queue split the segments that they lie in."""
+    tables = tuple(replace(table, dim=16, rows=1200, weight=1.0) for table in TABLES)
+    fields = {"scope": scope, "cadence": "manual", "tables": tables, "budget_slots": 2600}
+    stores = [build(engine, admit_after=1, **fields) for engine in ("native", "reference")]
+    segments = []
+    for turn in range(3):
+        rng = np.random.default_rng(turn)
+        ids = [rng.integers(0, 400 * (turn + 1), 500) for _ in tables]
+        for _ in range(2):
+            grad = rng.normal(size=(500, 32)).astype(np.float32)
+            for store in stores:
+                store.update(store.lookup(ids, train=True)[1], grad)
+                store.end_step()
+        for store in stores:
+            store.adjust()
+            store.verify()
+        segments.append(stores[0].engine.counters()["segments"])
+    assert segments[-1] > segments[0] > 1
+    assert stores[0].engine.counters()["evicted"] > 0
+    for table in tables:
+        known = np.arange(table.rows)
+        assert np.array_equal(*(store.dims(table.name, known) for store in stores))
+        assert np.array_equal(*(store.utility(table.name, known) for store in stores))
+        assert np.array_equal(*(store.export_dense(table.name, known) for store in stores))
+
+
 def test_lazy_decay_renormalises_without_changing_anything() -> None:
     """With gamma 0.5 the scale passes 2^60 after 61 rounds; both engines must cross it alike."""
     fields = {"gamma": 0.5, "cadence": "interval", "interval": 1}
