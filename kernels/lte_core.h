@@ -1,7 +1,8 @@
 // The arithmetic of LTE's FFN for one instruction set; included by lte_ffn.cpp after lte_vector.h,
 // inside the same namespace. Weights are rows of neurons: input rows [f, d], output rows [f, d].
 
-constexpr int TILE = 4;   // tokens that share one pass over an expert's weights
+constexpr int TILE = 4;    // tokens that share one pass over an expert's weights
+constexpr int GROUP = 32;  // tokens that share one reading of them from beyond the cache
 constexpr int WIDE = LANES == 16 ? 4 : 3;  // rows x 4 tokens that fit into 32 or 16 registers
 
 // How x and a weight row meet: W is the weight's type, X the type of x it is multiplied with.
@@ -232,36 +233,69 @@ struct Down<bf16> {
 };
 #endif
 
+// Asks for a matrix that is read soon, a share at a time while tiles of another one are computed.
+// With one or two tiles the time is that of the memory, and the processor reads ahead by itself.
+struct Ahead {
+  const char* at;
+  int64_t bytes;
+  void share(int tile, int tiles) const {
+    if (!at || tiles < 3) return;
+    const int64_t end = bytes * (tile + 1) / tiles;
+    for (int64_t b = bytes * tile / tiles; b < end; b += 64) __builtin_prefetch(at + b, 0, 2);
+  }
+};
+
+// Up to GROUP tokens of one expert: one matrix after the other, so that each is read once from afar.
+template <class W, class X>
+static void expert(const Layer& l, int64_t e, bool more, const X* const* xs, float* const* ys, int n,
+                   float* g, float* u) {
+  const int64_t d = l.d, E = l.E, bytes = E * d * int64_t(sizeof(W));
+  const W* gate = static_cast<const W*>(l.w_in) + e * E * d;
+  const W* up = gate + l.f * d;
+  const W* down = static_cast<const W*>(l.w_out) + e * E * d;
+  const int tiles = (n + TILE - 1) / TILE, stride = int(E);
+  auto each = [&](const void* next, auto run) {
+    const Ahead ahead{static_cast<const char*>(next), bytes};
+    for (int i = 0; i < tiles; ++i) {
+      run(i * TILE, std::min(TILE, n - i * TILE));
+      ahead.share(i, tiles);
+    }
+  };
+  each(l.gated ? up : down, [&](int t, int m) {
+    dots<Meet<W, X>>(gate, E, xs + t, m, d, g + t * E, stride);
+  });
+  if (l.gated)
+    each(down, [&](int t, int m) { dots<Meet<W, X>>(up, E, xs + t, m, d, u + t * E, stride); });
+  if (l.bias)
+    for (int t = 0; t < n; ++t)
+      for (int64_t j = 0; j < E; ++j) {
+        g[t * E + j] += l.bias[e * E + j];
+        if (l.gated) u[t * E + j] += l.bias[l.f + e * E + j];
+      }
+  activate(g, l.gated ? u : nullptr, n * E, l.act);
+  each(more ? gate + E * d : nullptr, [&](int t, int m) {
+    Down<W>::add_rows(down, E, d, g + t * E, stride, ys + t, m);
+  });
+}
+
 // Experts [first, last) of one layer: adds into y, float32 [T, d] in Down's order of columns.
 template <class W, class X>
 static void experts(const Layer& l, const X* x, const int32_t* offsets, const int32_t* tokens,
                     int64_t first, int64_t last, float* y) {
-  const W* in = static_cast<const W*>(l.w_in);
-  const W* out = static_cast<const W*>(l.w_out);
-  const int64_t d = l.d, E = l.E;
-  const int stride = int(E);
   Scratch& scratch = scratch_of_thread();
-  float* g = scratch.floats(0, TILE * E);
-  float* u = scratch.floats(1, TILE * E);
+  float* g = scratch.floats(0, GROUP * l.E);
+  float* u = scratch.floats(1, GROUP * l.E);
+  const X* xs[GROUP];
+  float* ys[GROUP];
   for (int64_t e = first; e < last; ++e)
-    for (int32_t i = offsets[e]; i < offsets[e + 1]; i += TILE) {
-      const int n = std::min<int>(TILE, offsets[e + 1] - i);
-      const X* xs[TILE];
-      float* ys[TILE];
+    for (int32_t i = offsets[e]; i < offsets[e + 1]; i += GROUP) {
+      const int n = std::min<int>(GROUP, offsets[e + 1] - i);
       for (int t = 0; t < n; ++t) {
-        xs[t] = x + tokens[i + t] * d;
-        ys[t] = y + tokens[i + t] * d;
+        xs[t] = x + tokens[i + t] * l.d;
+        ys[t] = y + tokens[i + t] * l.d;
       }
-      dots<Meet<W, X>>(in + e * E * d, E, xs, n, d, g, stride);
-      if (l.gated) dots<Meet<W, X>>(in + (l.f + e * E) * d, E, xs, n, d, u, stride);
-      if (l.bias)
-        for (int t = 0; t < n; ++t)
-          for (int64_t j = 0; j < E; ++j) {
-            g[t * E + j] += l.bias[e * E + j];
-            if (l.gated) u[t * E + j] += l.bias[l.f + e * E + j];
-          }
-      activate(g, l.gated ? u : nullptr, n * E, l.act);
-      Down<W>::add_rows(out + e * E * d, E, d, g, stride, ys, n);
+      const bool more = e + 1 < last && offsets[e + 1] < offsets[e + 2];
+      expert<W, X>(l, e, more, xs, ys, n, g, u);
     }
 }
 

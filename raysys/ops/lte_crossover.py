@@ -27,7 +27,6 @@ _LOG = logging.getLogger(__name__)
 BUCKETS = (1, 4, 8, 16, 32, 64, 256)
 VERSION = 3  # of the kernel: what was measured for another one does not hold
 PATIENCE_S = 2.0  # once a bucket took longer, larger ones take its figure (large layers)
-MARGIN = 0.97  # the sparse path must be at least this much better, or dense is taken
 # Before a measurement: what was measured for several shapes on a CPU with AVX-512.
 UNMEASURED = {1: 1.0, 4: 1.0, 8: 1.0, 16: 0.95, 32: 0.9, 64: 0.8, 256: 0.7}
 
@@ -106,10 +105,10 @@ def measure(layer: NativeLayer, tokens: int, threads: int) -> float:
         ],
         clock,
     )
-    if full_s <= MARGIN * dense_s:
+    if full_s <= dense_s:
         return 1.0
     slope = max(2.0 * (full_s - half_s), 1e-12)
-    return min(1.0, max(0.0, (MARGIN * dense_s - (full_s - slope)) / slope))
+    return min(1.0, max(0.0, (dense_s - (full_s - slope)) / slope))
 
 
 def _fastest(
