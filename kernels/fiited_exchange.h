@@ -14,6 +14,8 @@ template <class T> class Pile {
   i64 bytes() const { return i64(room_ * sizeof(T)); }
   T* begin() { return data_.get(); }
   T* end() { return data_.get() + n_; }
+  const T* begin() const { return data_.get(); }
+  const T* end() const { return data_.get() + n_; }
   const T& operator[](size_t i) const { return data_[i]; }
   // Room for `more` values at the end, to be written before grow() takes some of them in.
   T* next(size_t more = 1) {
