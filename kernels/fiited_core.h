@@ -73,9 +73,9 @@ class Store {
   int states, weight_bytes, chunk_bytes;   // of a weight; of a chunk with its optimizer states
   pid_t owner = getpid();
   // Dense mode (the same kernels without the indirection): entries, utilities and weights by row.
-  std::vector<Entry> dense_entries;
-  std::vector<float> dense_utils;
-  u8* dense_weights = nullptr;   // on huge pages, like the pool
+  LargeVector<Entry> dense_entries;
+  LargeVector<float> dense_utils;
+  u8* dense_weights = nullptr;
   i64 dense_bytes = 0;
   std::vector<i64> dense_offset;
 
@@ -109,13 +109,7 @@ class Store {
     i64 rows = 0;
     for (const TableConfig& t : tables) { dense_offset.push_back(rows); rows += t.dense_rows; }
     dense_bytes = rows * c.max_chunks * chunk_bytes;
-    constexpr i64 huge = i64(2) << 20;
-    dense_bytes = (dense_bytes + huge - 1) / huge * huge;
-    dense_weights = static_cast<u8*>(std::aligned_alloc(huge, size_t(dense_bytes)));
-    if (!dense_weights) return false;
-#ifdef MADV_HUGEPAGE
-    madvise(dense_weights, size_t(dense_bytes), MADV_HUGEPAGE);
-#endif
+    dense_weights = static_cast<u8*>(allocate(size_t(dense_bytes)));
     dense_entries.assign(rows, Entry{});
     dense_utils.assign(size_t(rows) * c.max_chunks, -0.0f);
     for (int t = 0; t < c.tables; ++t)

@@ -7,44 +7,6 @@
 
 namespace fiited {
 
-// An array for plain values that grows without setting what it adds. Large ones lie on huge pages.
-template <class T> class Pile {
- public:
-  size_t size() const { return n_; }
-  i64 bytes() const { return i64(room_ * sizeof(T)); }
-  T* begin() { return data_.get(); }
-  T* end() { return data_.get() + n_; }
-  const T* begin() const { return data_.get(); }
-  const T* end() const { return data_.get() + n_; }
-  const T& operator[](size_t i) const { return data_[i]; }
-  // Room for `more` values at the end, to be written before grow() takes some of them in.
-  T* next(size_t more = 1) {
-    if (n_ + more > room_) enlarge(n_ + more + n_ / 2);
-    return data_.get() + n_;
-  }
-  void grow(size_t more) { n_ += more; }
-  void push(const T& value) { *next() = value; ++n_; }
-  void cut_to(size_t n) { n_ = n; }
-  template <class F> void drop_if(F f) { n_ = size_t(std::remove_if(begin(), end(), f) - begin()); }
-
- private:
-  struct Free { void operator()(T* p) const { std::free(p); } };
-  void enlarge(size_t room) {
-    constexpr size_t huge = size_t(2) << 20;
-    const size_t bytes = room * sizeof(T), rounded = (bytes + huge - 1) / huge * huge;
-    std::unique_ptr<T[], Free> wider(static_cast<T*>(bytes < huge ? std::malloc(bytes) : std::aligned_alloc(huge, rounded)));
-    if (!wider) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    if (bytes >= huge) madvise(wider.get(), rounded, MADV_HUGEPAGE);
-#endif
-    std::copy(begin(), end(), wider.get());
-    data_ = std::move(wider);
-    room_ = room;
-  }
-  std::unique_ptr<T[], Free> data_;
-  size_t n_ = 0, room_ = 0;
-};
-
 struct Move {   // one row, and the chunks that it gains or loses
   u64 key;
   Segment* segment;   // with `index` where the row is, until the next insertion; null: look it up

@@ -3,69 +3,12 @@
 // class, which is how free space is merged. A bitmap per page makes a double free an error.
 #pragma once
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <vector>
 
-#include "fiited_types.h"
+#include "fiited_memory.h"
 
 namespace fiited {
-
-// Pages of one size, cut from large regions so that small pages too can lie on huge pages. Counts
-// the real bytes of pool, directory and sketch together against one limit.
-class Memory {
- public:
-  i64 limit = 0, mapped = 0, peak = 0;
-  explicit Memory(i64 page_bytes) : page_bytes_(page_bytes) {}
-  ~Memory() { for (u8* region : regions_) munmap(region, kRegion); }
-
-  bool take(i64 bytes) {
-    if (limit && mapped + bytes > limit) return false;
-    mapped += bytes;
-    if (mapped > peak) peak = mapped;
-    return true;
-  }
-  u8* map_page() {   // zeroed, or null where the limit or the system forbids it
-    if (!take(page_bytes_)) return nullptr;
-    if (!vacant_.empty()) {
-      u8* page = vacant_.back();
-      vacant_.pop_back();
-      return page;
-    }
-    if (regions_.empty() || used_ + page_bytes_ > kRegion) {
-      u8* region = map_region();
-      if (!region) { mapped -= page_bytes_; return nullptr; }
-      regions_.push_back(region);
-      used_ = 0;
-    }
-    u8* page = regions_.back() + used_;
-    used_ += page_bytes_;
-    return page;
-  }
-  void unmap_page(u8* page) {
-    madvise(page, page_bytes_, MADV_DONTNEED);   // the bytes go back to the system at once
-    vacant_.push_back(page);
-    mapped -= page_bytes_;
-  }
-
- private:
-  static constexpr i64 kRegion = i64(64) << 20, kHuge = i64(2) << 20;
-  static u8* map_region() {
-    void* p = mmap(nullptr, kRegion + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) return nullptr;
-    u8* raw = static_cast<u8*>(p);
-    u8* start = reinterpret_cast<u8*>((reinterpret_cast<size_t>(raw) + kHuge - 1) & ~size_t(kHuge - 1));
-    if (start > raw) munmap(raw, start - raw);
-    if (start + kRegion < raw + kRegion + kHuge) munmap(start + kRegion, raw + kHuge - start);
-#ifdef MADV_HUGEPAGE
-    madvise(start, kRegion, MADV_HUGEPAGE);   // a hint: 4 KiB pages work too, only slower
-#endif
-    return start;
-  }
-  i64 page_bytes_, used_ = 0;
-  std::vector<u8*> regions_, vacant_;
-};
 
 struct Page {
   u8* base = nullptr;

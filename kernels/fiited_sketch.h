@@ -4,9 +4,7 @@
 // depend on how many shards share the rows.
 #pragma once
 
-#include <vector>
-
-#include "fiited_types.h"
+#include "fiited_memory.h"
 
 namespace fiited {
 
@@ -55,14 +53,14 @@ class Sketch {
       if (cell) cell = (cell & 0xffff0000u) | u16(bits_of(bfloat_to_float(u16(cell)) * factor) >> 16);
   }
 
-  std::vector<u32>& cells() { return cells_; }
+  LargeVector<u32>& cells() { return cells_; }
   i64 bytes() const { return i64(cells_.size()) * 4; }
   i64 hits_ = 0, misses_ = 0;
 
  private:
   size_t index(u64 v) const { return size_t((v >> 52) * per_bucket_ + ((v & 0xfffff) * per_bucket_ >> 20)); }
   u64 per_bucket_;
-  std::vector<u32> cells_;
+  LargeVector<u32> cells_;
 };
 
 }  // namespace fiited

@@ -330,6 +330,7 @@ i64 fiited_set_budget(void* raw, i64 slots, i64 bytes) {
       s.c.min_alive = min_alive;
       for (i64 now = 1; now;) now = compact(s, {}, i64(1) << 40);
       s.pool->release_empty();
+      s.memory.release_spare();
     }
     s.memory.limit = bytes;
     return s.alive;

@@ -176,7 +176,7 @@ fiited::i64 fiited_clock(void* raw, fiited::i32 set, fiited::i64* integers, doub
 fiited::i64 fiited_sketch(void* raw, fiited::i32 set, fiited::u32* cells, fiited::i64 n) {
   using namespace fiited;
   return guarded(raw, [&](Handle&, Store& s) -> i64 {
-    std::vector<u32>& mine = s.sketch->cells();
+    LargeVector<u32>& mine = s.sketch->cells();
     if (cells && n != i64(mine.size())) return kBadArgument;
     if (cells && set) std::copy(cells, cells + n, mine.begin());
     else if (cells) std::copy(mine.begin(), mine.end(), cells);
