@@ -73,6 +73,18 @@ class SplitReport:
         """Whether the cohort is to be split."""
         return self.verdict == "split"
 
+    @classmethod
+    def from_facts(cls, facts: dict[str, Any]) -> SplitReport:
+        """The report that ``dataclasses.asdict`` was given, also after a journey through JSON."""
+        return cls(
+            **{
+                **facts,
+                "stability": {int(k): v for k, v in facts["stability"].items()},
+                "dispersion": Dispersion(**facts["dispersion"]),
+                "shares": tuple(facts["shares"]),
+            }
+        )
+
 
 class Cohort:
     """Clustering state of one leaf; ``line`` is the strategy that trains its model or models."""

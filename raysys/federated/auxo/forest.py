@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -289,8 +291,10 @@ class Forest:
             parts |= {f"cohort{number}.{name}": value for name, value in cohort.state().items()}
         for number, anchor in self.anchors.items():
             parts |= {f"anchor{number}.{name}": value for name, value in anchor.state().items()}
+        reports = [dataclasses.asdict(report) for report in self.reports.values()]
         return {
             **parts,
+            "reports": np.frombuffer(json.dumps(reports).encode(), dtype=np.uint8).copy(),
             "gathering": np.array([self.gathering, *self.foundlings], dtype=np.int64),
             "anchors": np.array(list(self.anchors), dtype=np.int64),
             "cohorts": np.array(list(self.cohorts), dtype=np.int64),
@@ -309,6 +313,8 @@ class Forest:
             self.add_cohort(number, line, 0)
             self.cohorts[number].load(strip(state, f"cohort{number}."))
         self.gathering, *self.foundlings = (int(n) for n in state["gathering"])
+        known = json.loads(state["reports"].tobytes()) if "reports" in state else []
+        self.reports = {facts["cohort"]: SplitReport.from_facts(facts) for facts in known}
         for number in state["anchors"].tolist():
             views = views_from(strip(state, f"anchor{number}."))
             self.anchors[number] = Anchor(self.line(number), views)

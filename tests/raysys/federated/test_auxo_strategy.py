@@ -23,6 +23,7 @@ from auxo_populations import (
 from raysys.errors import ConfigError
 from raysys.federated.auxo.auxo import STRIDE
 from raysys.federated.auxo.cohort import Cohort, SplitReport
+from raysys.federated.auxo.explain import explain
 from raysys.federated.auxo.planted import (
     drift,
 )
@@ -82,9 +83,11 @@ def test_resume_around_a_split_gives_the_same_tree(after: int) -> None:
         run_round(job, samples)
     run_rounds(job, samples, job.round_id + after)
     saved = unpack_arrays(pack_arrays(job.state()))
+    known = explain(strategy)
     run_rounds(job, samples, job.round_id + 4)
     again, restored = auxo_job()
     again.load(saved)
+    assert explain(restored) == known  # also before the next decision, or with none to come
     run_rounds(again, samples, job.round_id)
     left, right = job.state(), again.state()
     assert left.keys() == right.keys()
