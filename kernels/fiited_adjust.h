@@ -1,5 +1,5 @@
-// Pieces of an adjustment: histogram of scores, members of one bin, lists of what to grow and evict.
-// They serve a whole round, one slice of the continuous mode, and a round over shards.
+// Scores of the rows of a range, and the pieces of a round over several shards: histogram of scores, members
+// of one bin, lists of what to grow and evict.
 #pragma once
 
 #include "fiited_core.h"
@@ -55,17 +55,20 @@ template <class F> inline void each_scored(const Store& s, const Range& range, F
   float score[kMaxChunks + 1];
   s.directory->for_range(range.low, range.high, [&](Segment& g, size_t begin, size_t end, bool whole) {
     const bool check = !whole || !plain;
-    for (size_t i = begin; i < end; ++i) {
-      const float* u = g.utils + i * s.c.max_chunks;
-      float weight = 1.0f;
-      if (check) {
-        if (g.tags[i] & 0x80) continue;
-        const Entry& e = g.entries[i];
-        if (e.key < range.low || e.key > range.high) continue;
-        if (range.table >= 0 && e.table != range.table) continue;
-        weight = s.tables[e.table].weight;
+    for (size_t group = begin; group < end; group += 16) {
+      if (check) for (size_t line = 0; line < 8; ++line) __builtin_prefetch(g.entries + group + 32 + line * 2);
+      for (u32 live = live_group(g.tags + group); live; live &= live - 1) {
+        const size_t i = group + size_t(__builtin_ctz(live));
+        const float* u = g.utils + i * s.c.max_chunks;
+        float weight = 1.0f;
+        if (check) {
+          const Entry& e = g.entries[i];
+          if (e.key < range.low || e.key > range.high) continue;
+          if (range.table >= 0 && e.table != range.table) continue;
+          weight = s.tables[e.table].weight;
+        }
+        if (row_scores(s, u, weight, score)) f(g, i, u, score);
       }
-      if (row_scores(s, u, weight, score)) f(g, i, u, score);
     }
   });
 }
@@ -136,42 +139,29 @@ inline void collect(const Store& s, const Range& range, u32 bin, u64 salt, std::
       out.emplace_back(q.score, tie_of(q.key, q.table, salt, 0));
 }
 
-// Call f(segment, index, scores, j, grows) for every chunk of a range that the cut wants to change.
-template <class F> inline void each_change(const Store& s, const Range& range, const Cut& cut, u64 salt, F f) {
-  each_scored(s, range, [&](Segment& g, size_t i, const float* u, const float* score) {
+// Lists the chunks that the cut wants to change: fills s.growers and s.victims. Rows may move before the lists
+// are used.
+inline void plan(Store& s, const Cut& cut, u64 salt) {
+  each_scored(s, {}, [&](Segment& g, size_t i, const float* u, const float* score) {
+    const Entry& e = g.entries[i];
     u32 alive = 0, want = 0;
     for (int j = 0; j < s.c.max_chunks; ++j) {
       const bool is_alive = std::signbit(u[j]);
       alive |= u32(is_alive) << j;
       if (score[j] < cut.score || (score[j] <= 0 && !is_alive)) continue;
-      if (score[j] > cut.score || tie_of(g.entries[i].key, g.entries[i].table, salt, j) > cut.tie) want |= 1u << j;
+      if (score[j] > cut.score || tie_of(e.key, e.table, salt, j) > cut.tie) want |= 1u << j;
     }
-    if (want == alive) return;
-    const Entry& e = g.entries[i];
-    const bool safe = (alive & ~want) && ((e.alive & kPinned) || int(u16(s.round - e.grown)) <= s.c.min_alive);
+    const bool safe = (e.alive & kPinned) || int(u16(s.round - e.grown)) <= s.c.min_alive;
     for (u32 m = want ^ alive; m; m &= m - 1) {
       const int j = __builtin_ctz(m);
-      if (want >> j & 1) f(g, i, score, j, true);
-      else if (!safe) f(g, i, score, j, false);
+      const bool grows = want >> j & 1;
+      if (grows || !safe)
+        (grows ? s.growers : s.victims).push_back({score[j], tie_of(e.key, e.table, salt, j), e.key, e.table, u16(j), false});
     }
-  });
-}
-
-inline Item item_of(Segment& g, size_t i, float score, u64 tie, int j) {
-  const Entry& e = g.entries[i];
-  return {score, u32(i), tie, e.key, e.table, u16(j), false, &g};
-}
-
-// Lists the chunks that the cut wants to change: fills s.growers and s.victims.
-inline void plan(Store& s, const Range& range, const Cut& cut, u64 salt) {
-  each_change(s, range, cut, salt, [&](Segment& g, size_t i, const float* score, int j, bool grows) {
-    const Entry& e = g.entries[i];
-    (grows ? s.growers : s.victims).push_back(item_of(g, i, score[j], tie_of(e.key, e.table, salt, j), j));
   });
   for (const Candidate& q : s.queue) {
     const u64 tie = tie_of(q.key, q.table, salt, 0);
-    if ((range.table < 0 || q.table == range.table) && cut.below(q.score, tie))
-      s.growers.push_back({q.score, 0, tie, q.key, q.table, 0, true, nullptr});
+    if (cut.below(q.score, tie)) s.growers.push_back({q.score, tie, q.key, q.table, 0, true});
   }
 }
 

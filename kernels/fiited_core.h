@@ -22,13 +22,11 @@ struct Cut {   // a chunk is wanted iff (score, tie) > (score, tie) of the cut
   bool below(float s, u64 t) const { return s > score || (s == score && t > tie); }
 };
 
-struct Item {   // one chunk that a round may evict or grow
+struct Item {   // one chunk that a round over shards may evict or grow
   float score;
-  u32 index;
   u64 tie, key;
   u16 table, chunk;
   bool admit;
-  Segment* segment;   // with `index` where its row is, until the next insertion; null: look it up
 };
 
 struct Counters {   // keep in step with raysys/training/fiited/native.py

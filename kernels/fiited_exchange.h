@@ -115,7 +115,7 @@ inline Pile<Move> moves_of(const std::vector<Item>& items) {
       Move* const last = moves.size() > first ? moves.end() - 1 : nullptr;
       const u16 bit = u16(1u << item.chunk);
       if (last && last->key == item.key && last->table == item.table) last->bits |= bit;
-      else moves.push({item.key, item.segment, item.index, 0, item.score, item.table, u16(admit ? bit | kAdmit : bit)});
+      else moves.push({item.key, nullptr, 0, 0, item.score, item.table, u16(admit ? bit | kAdmit : bit)});
     }
     by_row(moves, first, moves.size());
   }

@@ -35,17 +35,31 @@ inline void find_distinct(const Store& s, Batch& b, Scratch& scratch, const i64*
   const TableConfig& table = s.tables[t];
   const bool dense = s.c.layout == kDense;
   scratch.reserve(end - begin);
-  for (u32 i = begin; i < end; ++i) {
-    const u64 v = dense ? u64(ids[i] + s.dense_offset[t]) : virtual_row(table, u64(ids[i]));
-    size_t at = (dense ? v * kMixer >> 40 : v >> 20) & scratch.mask;
-    while (scratch.cells[at].stamp == scratch.stamp && scratch.cells[at].key != v) at = (at + 1) & scratch.mask;
-    Scratch::Cell& cell = scratch.cells[at];
-    if (cell.stamp != scratch.stamp) {
-      cell = {v, scratch.stamp, u32(b.rows.size())};
-      b.rows.push_back(Row{v, nullptr, nullptr, nullptr, nullptr, 0, 0, u16(t), 0});
+  Scratch::Cell* const cells = scratch.cells.data();
+  const size_t mask = scratch.mask;
+  const u32 stamp = scratch.stamp;
+  constexpr u32 kBlock = 32;   // cells of a block are on their way while those of the one before are read
+  u64 keys[2 * kBlock];
+  auto home = [&](u64 v) { return (dense ? v * kMixer >> 40 : v >> 20) & mask; };
+  for (u32 low = begin; low < end + kBlock; low += kBlock) {
+    for (u32 i = low; i < std::min(low + kBlock, end); ++i) {
+      const u64 v = dense ? u64(ids[i] + s.dense_offset[t]) : virtual_row(table, u64(ids[i]));
+      keys[(i - begin) % (2 * kBlock)] = v;
+      __builtin_prefetch(cells + home(v), 1);
     }
-    b.inverse[i] = cell.index;
-    ++b.rows[cell.index].count;
+    if (low == begin) continue;
+    for (u32 i = low - kBlock; i < std::min(low, end); ++i) {
+      const u64 v = keys[(i - begin) % (2 * kBlock)];
+      size_t at = home(v);
+      while (cells[at].stamp == stamp && cells[at].key != v) at = (at + 1) & mask;
+      Scratch::Cell& cell = cells[at];
+      if (cell.stamp != stamp) {
+        cell = {v, stamp, u32(b.rows.size())};
+        b.rows.push_back(Row{v, nullptr, nullptr, nullptr, nullptr, 0, 0, u16(t), 0});
+      }
+      b.inverse[i] = cell.index;
+      ++b.rows[cell.index].count;
+    }
   }
 }
 
@@ -61,21 +75,23 @@ inline void resolve_rows(Store& s, Row* rows, size_t n) {
     }
     return;
   }
-  constexpr size_t kBlock = 64;
-  Home homes[kBlock];
+  constexpr size_t kBlock = 32;
+  Home homes[4 * kBlock];
   const Directory& directory = *s.directory;
-  for (size_t low = 0; low < n; low += kBlock) {
-    const size_t some = std::min(kBlock, n - low);
-    Row* const r = rows + low;
-    for (size_t i = 0; i < some; ++i) {
-      homes[i] = directory.home_of(r[i].v);
-      __builtin_prefetch(homes[i].tags);
+  for (size_t low = 0; low < n + 2 * kBlock; low += kBlock) {
+    for (size_t i = low; i < std::min(low + kBlock, n); ++i) {
+      Home& home = homes[i % (4 * kBlock)];
+      home = directory.home_of(rows[i].v);
+      __builtin_prefetch(home.tags);
     }
-    for (size_t i = 0; i < some; ++i) __builtin_prefetch(directory.look(homes[i], r[i].v));
-    for (size_t i = 0; i < some; ++i) {
-      s.take(r[i], directory.settle(homes[i], r[i].v, r[i].table));
-      __builtin_prefetch(r[i].w);
-    }
+    if (low >= kBlock)
+      for (size_t i = low - kBlock; i < std::min(low, n); ++i)
+        __builtin_prefetch(directory.look(homes[i % (4 * kBlock)], rows[i].v));
+    if (low >= 2 * kBlock)
+      for (size_t i = low - 2 * kBlock; i < std::min(low - kBlock, n); ++i) {
+        s.take(rows[i], directory.settle(homes[i % (4 * kBlock)], rows[i].v, rows[i].table));
+        __builtin_prefetch(rows[i].w);
+      }
   }
 }
 inline void resolve_all(Store& s, std::vector<Row>& rows) { resolve_rows(s, rows.data(), rows.size()); }

@@ -38,6 +38,30 @@ inline void next_round(Store& s) {
   s.window_weight = 0;
 }
 
+// Carries out what the surveys and the queue ask for, as far as the budget and the churn cap allow.
+// `cuts`: one, or one per table.
+inline void exchange(Store& s, Desk& desk, const std::vector<Cut>& cuts, i64 target, i64 churn, u64 salt) {
+  Moves &growers = desk.growers, &victims = desk.victims;
+  for (const Candidate& q : s.queue)
+    if (cuts[cuts.size() > 1 ? q.table : 0].below(q.score, tie_of(q.key, q.table, salt, 0)))
+      growers.add({q.key, nullptr, 0, 0, q.score, q.table, u16(kAdmit | 1)});
+  const Exchange x = exchange_size(s.alive, target, growers.chunks, victims.chunks, churn);
+  keep<false>(desk.listed, victims, x.evict, salt);
+  keep<true>(desk.listed, growers, x.grow, salt);
+  by_row(victims.rows, 0, victims.rows.size());
+  evict_rows(s, victims.rows);
+  if (growers.chunks > s.free_slots()) {
+    const i64 room = std::max<i64>(0, s.free_slots());
+    s.n.refused += growers.chunks - room;
+    keep<true>(desk.listed, growers, room, salt);
+  }
+  auto is_queued = [](const Move& m) { return bool(m.bits & kAdmit); };   // they are in order already
+  const Move* const queued = std::find_if(growers.rows.begin(), growers.rows.end(), is_queued);
+  by_row(growers.rows, 0, size_t(queued - growers.rows.begin()));
+  grow_rows(s, growers.rows);
+  s.queue.clear();
+}
+
 inline void full_round(Store& s, Desk& desk) {
   unique_queue(s);
   const i64 target = target_slots(s);
@@ -45,7 +69,6 @@ inline void full_round(Store& s, Desk& desk) {
   const i64 churn = std::max<i64>(1, i64(s.c.churn_cap * double(s.c.slots)));
   desk.clear(s.c.max_chunks);
   Listed& listed = desk.listed;
-  Moves &growers = desk.growers, &victims = desk.victims;
   std::vector<Cut> cuts;
   i64 weight = 0;
   for (const TableConfig& t : s.tables) weight += t.dense_rows;
@@ -58,33 +81,16 @@ inline void full_round(Store& s, Desk& desk) {
     }
     const size_t first = listed.rows.size();
     cuts.push_back(exact_cut(s, range, share, salt, listed));
-    survey(s, listed, first, cuts.back(), salt, growers, victims);
+    survey(s, listed, first, cuts.back(), salt, desk.growers, desk.victims);
   }
   if (!s.c.by_table) s.cut = cuts[0];
-  for (const Candidate& q : s.queue)
-    if (cuts[s.c.by_table ? q.table : 0].below(q.score, tie_of(q.key, q.table, salt, 0)))
-      growers.add({q.key, nullptr, 0, 0, q.score, q.table, u16(kAdmit | 1)});
-  const Exchange x = exchange_size(s.alive, target, growers.chunks, victims.chunks, churn);
-  keep<false>(listed, victims, x.evict, salt);
-  keep<true>(listed, growers, x.grow, salt);
-  by_row(victims.rows, 0, victims.rows.size());
-  evict_rows(s, victims.rows);
-  if (growers.chunks > s.free_slots()) {
-    const i64 room = std::max<i64>(0, s.free_slots());
-    s.n.refused += growers.chunks - room;
-    keep<true>(listed, growers, room, salt);
-  }
-  auto is_queued = [](const Move& m) { return bool(m.bits & kAdmit); };   // they are in order already
-  const Move* const queued = std::find_if(growers.rows.begin(), growers.rows.end(), is_queued);
-  by_row(growers.rows, 0, size_t(queued - growers.rows.begin()));
-  grow_rows(s, growers.rows);
-  s.queue.clear();
+  exchange(s, desk, cuts, target, churn, salt);
   desk.leave();
 }
 
 // Continuous mode: one slice of the key space per step; the threshold comes from the decayed
 // histogram of the latest slices, which are random samples of the rows because keys are hashed.
-inline void slice(Store& s, i64 slices) {
+inline void slice(Store& s, Desk& desk, i64 slices) {
   const i64 index = s.step % slices;
   if (index == 0 && s.step) next_round(s);
   const u64 width = ~u64(0) / u64(slices);
@@ -92,7 +98,9 @@ inline void slice(Store& s, i64 slices) {
   constexpr float keep = 0.9f;
   for (float& bin : s.window) bin *= keep;
   s.window_weight = s.window_weight * keep + 1.0 / double(slices);
-  histogram(s, range, false, s.window.data());
+  desk.clear(s.c.max_chunks);
+  list_any(s, range, {0, kBins}, desk.listed);
+  for (const float score : desk.listed.scores) s.window[bits_of(std::fabs(score)) >> 16] += bits_of(score) ? 1.0f : 0.0f;
   const i64 target = target_slots(s);
   const double want = double(target) * s.window_weight;
   double above = 0;
@@ -105,13 +113,10 @@ inline void slice(Store& s, i64 slices) {
   }
   unique_queue(s);
   const u64 salt = mix(s.c.seed + s.round);
-  plan(s, range, s.cut, salt);
+  survey(s, desk.listed, 0, s.cut, salt, desk.growers, desk.victims);
   const i64 churn = std::max<i64>(1, i64(4.0 * s.c.churn_cap * double(s.c.slots) / double(slices)));
-  const Exchange x = exchange_size(s.alive, target, i64(s.growers.size()), i64(s.victims.size()), churn);
-  keep_best(s.growers, size_t(x.grow));
-  keep_worst(s.victims, size_t(x.evict));
-  apply_plan(s);
-  s.queue.clear();
+  exchange(s, desk, {s.cut}, target, churn, salt);
+  desk.leave();
 }
 
 // Move rows out of the emptiest page of every class, up to `limit` rows; returns how many moved.

@@ -106,7 +106,12 @@ inline i64 list_any(const Store& s, const Range& range, Window w, Listed& out) {
   each_scored(s, range, [&](Segment& g, size_t i, const float* u, const float* score) {
     bool kept = false;
     float* const to = out.scores.next(out.k);
-    for (int j = 0; j < out.k; ++j) {
+    if (out.k == 4) {
+      const i4 bits = *reinterpret_cast<const i4*>(u), pattern = *reinterpret_cast<const i4*>(score), at = pattern >> 16;
+      *reinterpret_cast<i4*>(to) = pattern | (bits & INT32_MIN);
+      for (int j = 0; j < 4; ++j) above += at[j] > w.high;
+      kept = lanes(bits < 0 ? at <= w.high : (at >= w.low) & (pattern != 0)) != 0;
+    } else for (int j = 0; j < out.k; ++j) {
       to[j] = std::copysign(score[j], u[j]);
       if (!counted(u, score, j)) continue;
       const i32 at = i32(bits_of(score[j]) >> 16);
@@ -225,7 +230,9 @@ struct Desk {
     listed.cut_to(0);
     for (Moves* m : {&growers, &victims}) { m->rows.cut_to(0); m->chunks = 0; }
   }
-  void leave() { if (bytes() < i64(4) << 20) *this = {}; }
+  void leave() {
+    if (bytes() < i64(4) << 20 || listed.rows.bytes() > i64(8 * sizeof(Place) * listed.rows.size())) *this = {};
+  }
 };
 
 // What the cut wants to change among the listed rows from `first` on.

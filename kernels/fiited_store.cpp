@@ -233,8 +233,7 @@ i64 fiited_end_step(void* raw, i64 slices, i64 compact_rows) {
     if (s.c.layout == kDense) { ++s.step; return kOk; }
     if (s.frozen) return kFrozen;
     if (slices > 0) {
-      h.desk = {};   // whole rounds are rare here
-      slice(s, slices);
+      slice(s, h.desk, slices);
       if (compact_rows) {
         const u64 width = ~u64(0) / u64(slices), index = s.step % slices;
         compact(s, {width * index, index + 1 == u64(slices) ? ~u64(0) : width * (index + 1) - 1, -1}, compact_rows);
@@ -283,9 +282,7 @@ i64 fiited_plan(void* raw, float score, u64 tie, u64 salt, i64* sizes) {
     s.growers.clear();
     s.victims.clear();
     s.cut = {score, tie};
-    plan(s, {}, s.cut, salt);
-    for (std::vector<Item>* items : {&s.growers, &s.victims})
-      for (Item& item : *items) item.segment = nullptr;   // rows may move before the plan is applied
+    plan(s, s.cut, salt);
     sizes[0] = i64(s.growers.size());
     sizes[1] = i64(s.victims.size());
     return s.alive;

@@ -183,7 +183,7 @@ class _Lookup(torch.autograd.Function):
         scale = float(len(grad)) if layer.loss_reduction == "mean" else 1.0
         layer.store.update(ctx.batch, grad, lr=layer.lr, loss_scale=scale)
         layer.pending_step = True
-        return torch.zeros(()), None, None, None, per_value
+        return None, None, None, None, per_value
 
 
 def _weight_gradient(ctx: Any, grad: npt.NDArray[np.float32]) -> Tensor:

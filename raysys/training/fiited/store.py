@@ -7,6 +7,7 @@ owns one slot of class m. Every public method checks its input before any state 
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NoReturn
 
 import numpy as np
@@ -95,17 +96,14 @@ class FiitedStore:
         Raises:
             ConfigError: malformed ids, offsets or weights; nothing has changed.
         """
-        ids = [self.check_ids(index, table) for index, table in enumerate(values)]
-        if len(ids) != len(self.tables):
-            raise ConfigError("values", len(ids), f"ids for {len(self.tables)} tables")
-        starts = np.cumsum([0, *[len(table) for table in ids]]).astype(np.int64)
+        ids, joined = self._checked(values)
+        starts = np.array([0, *itertools.accumulate(map(len, ids))], np.int64)
         absolute, bags = check_offsets(ids, offsets, starts)
         per_value = check_weights(ids, weights)
         if out is None:
             out = aligned_empty(bags, self.width)
         elif out.shape != (bags, self.width) or out.dtype != np.float32:
             raise ConfigError("out", (out.shape, str(out.dtype)), f"fp32 {(bags, self.width)}")
-        joined = np.concatenate(ids) if ids else np.empty(0, np.int64)
         scale = np.float32(mask_below * self.engine.counters()["scale"]) if mask_below else 0.0
         batch = self.engine.lookup(
             joined, starts, absolute, bags, mean, per_value, train, scale, out, self.columns
@@ -239,6 +237,18 @@ class FiitedStore:
     def check_ids(self, index: int, ids: npt.ArrayLike) -> I64:
         """Ids of one table as int64, or a ConfigError that names the table and the position."""
         return check_ids(self.config, self.tables[index], ids, dense=self.dense)
+
+    def _checked(self, values: list[npt.ArrayLike]) -> tuple[list[I64], I64]:
+        """Ids of every table, checked, and all in one array; one pass where they are int64."""
+        if len(values) != len(self.tables):
+            raise ConfigError("values", len(values), f"ids for {len(self.tables)} tables")
+        plain = [v for v in values if type(v) is np.ndarray and v.ndim == 1 and v.dtype == np.int64]
+        if len(plain) == len(values) and not self.dense:
+            joined = np.concatenate(plain)
+            if self.config.id_space != "signed" or not joined.size or joined.min() >= 0:
+                return plain, joined
+        ids = [self.check_ids(index, table) for index, table in enumerate(values)]
+        return ids, np.concatenate(ids)
 
     def _inspect(self, table: str, ids: npt.ArrayLike) -> tuple[npt.NDArray[np.int32], F32, I64]:
         index = self.table_index(table)
