@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -127,8 +128,13 @@ def _write(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        parts = [_write_arrays(partial / name, a) | {"rows": rows} for name, a, rows in pieces]
-        parts.append(_write_arrays(partial / "clock.arrow", clock) | {"rows": 0})
+        with ThreadPoolExecutor(1) as disk:  # waits for a part while the next one is made
+            parts, synced = [], []
+            for name, arrays, rows in itertools.chain(pieces, [("clock.arrow", clock, 0)]):
+                parts.append(_write_arrays(partial / name, arrays) | {"rows": rows})
+                synced.append(disk.submit(_sync, partial / name))
+            for done in synced:
+                done.result()
         manifest = manifest | {"parts": parts}
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         _swap(partial, target)
@@ -198,9 +204,16 @@ def _write_arrays(path: Path, arrays: Arrays) -> dict[str, Any]:
             table = pa.table({name: pa.array(np.ascontiguousarray(array))})
             with pa.ipc.new_stream(sink, table.schema) as writer:
                 writer.write_table(table)
-        file.flush()
-        os.fsync(file.fileno())
     return {"name": path.name, "bytes": sink.size, "sha256": sink.digest.hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    """Wait until a closed file is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _manifest(store: FiitedStore, engine: NativeEngine, extra: dict[str, int]) -> dict[str, Any]:
