@@ -24,6 +24,7 @@ DIM = 16
 BASE = FiitedConfig(chunk=4, budget_ratio=0.5, interval=20, lr=0.05)
 SIGNALS = {"weak": 1.0, "strong": 2.0}
 LATE = (0.85, 1.0)
+LATE_GAMMA = 0.95  # chosen on seeds 7 and 8 for the AUC late in the stream; no claim counts them
 WINDOWS = 20
 BUDGETS = (0.75, 0.9, 0.95, 0.98)
 BANDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # upper ends, as shares of a field's ids
@@ -107,7 +108,7 @@ def auc_loss(name: str, ratio: float, profile: Profile) -> Claim:
     samples: dict[str, Any] = {}
     losses = {}
     for signal in SIGNALS:
-        ours = _runs(profile, signal, "chunks", ratio)
+        ours = _runs(profile, signal, "chunks", ratio, gamma=LATE_GAMMA)
         full = _runs(profile, signal, "full", 0.0)
         differences = [f["late"] - o["late"] for f, o in zip(full, ours)]
         losses[signal] = statistics.mean(differences)
