@@ -6,12 +6,16 @@ digest of the final weights with and without the loss.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
@@ -55,19 +59,30 @@ def train(
         federated.close()
 
 
+def living() -> list[dict[str, Any]]:
+    """Ray's records of the living actors."""
+    actors = ray._private.state.actors().values()
+    return [actor for actor in actors if actor["State"] == "ALIVE"]
+
+
 def worker_nodes() -> list[str]:
     """Nodes of the living worker actors."""
-    actors = ray._private.state.actors().values()
-    alive = [actor for actor in actors if actor["State"] == "ALIVE"]
-    return sorted(
-        actor["Address"]["NodeID"] for actor in alive if actor["ActorClassName"] == "WorkerActor"
-    )
+    workers = [actor for actor in living() if actor["ActorClassName"] == "WorkerActor"]
+    return sorted(actor["Address"]["NodeID"] for actor in workers)
 
 
-def wait_until_lost(node: str, limit_s: float = 120.0) -> None:
-    """Until no worker lives on a node: its processes outlive their node by some seconds, in which a
-    fast machine would end the job with them.
+def lose(cluster: Cluster, victim: Any, limit_s: float = 120.0) -> None:
+    """A node dies with all that runs on it.
+
+    Ray's utility ends the node only. Its actors' processes, on the same machine here, would go on
+    answering for some seconds, in which a fast machine ends the job with them.
     """
+    node = victim.node_id
+    processes = [actor["Pid"] for actor in living() if actor["Address"]["NodeID"] == node]
+    cluster.remove_node(victim, allow_graceful=False)
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
     deadline = time.monotonic() + limit_s
     while node in worker_nodes() and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -102,8 +117,7 @@ def main() -> None:
     def lose_a_node() -> None:
         seen["before"] = worker_nodes()
         victim = next(node for node in nodes if node.node_id == seen["before"][0])
-        cluster.remove_node(victim, allow_graceful=False)
-        wait_until_lost(victim.node_id)
+        lose(cluster, victim)
 
     def note(number: int) -> None:
         rounds.append(number)
