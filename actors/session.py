@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from actors import leaving
 from raysys import machine
 from raysys.config import check_range
 from raysys.errors import CapabilityError, ConfigError, RemoteError
@@ -52,9 +53,10 @@ class SessionConfig:
 class Session:
     """An open Ray session; a context manager. ``close`` may be called twice."""
 
-    def __init__(self, namespace: str, *, private: bool) -> None:
+    def __init__(self, namespace: str, *, private: bool, cluster: str | None = None) -> None:
         self.namespace = namespace
         self.private = private
+        self._cluster = cluster
         self._open = True
 
     @classmethod
@@ -64,26 +66,34 @@ class Session:
         Raises:
             ConfigError: the address has no usable form.
             RemoteError: nothing answers at the address, or the cluster refuses us.
-            CapabilityError: Ray is not installed or a private one cannot start.
+            CapabilityError: Ray is not installed, a private one cannot start, or an earlier one of
+                this process never came to its end.
         """
         config = config or SessionConfig()
+        if leaving.is_stuck():
+            raise CapabilityError(
+                "Ray", "an earlier session of this process never ended", "Start a new process"
+            )
         machine.set_thread_environment()
         namespace = f"{NAMESPACE_PREFIX}-{secrets.token_hex(4)}"
         address = resolve_address(config.address)
         if address is None:
-            _start_private(config, namespace)
-            return cls(namespace, private=True)
+            cluster = _start_private(config, namespace)
+            return cls(namespace, private=True, cluster=cluster)
         use_token_if_present()
         _connect(address, namespace)
         return cls(namespace, private=False)
 
     def close(self) -> None:
-        """Leave the cluster; a private one is shut down with all its processes."""
+        """Leave the cluster; a private one is shut down with all its processes.
+
+        Where Ray hangs, this returns all the same and says so (:mod:`actors.leaving`).
+        """
         if self._open:
             import ray
 
             self._open = False
-            ray.shutdown()
+            leaving.leave(ray.shutdown, self._cluster)
 
     def __enter__(self) -> Session:
         return self
@@ -146,7 +156,8 @@ def use_token_if_present() -> bool:
     return mode == "token"
 
 
-def _start_private(config: SessionConfig, namespace: str) -> None:
+def _start_private(config: SessionConfig, namespace: str) -> str:
+    """Start a private Ray and return the name of its session."""
     # Ray runs workers at nice 15; on a shared machine they then starve beside anything else.
     os.environ.setdefault("RAY_worker_niceness", "0")
     ray = _import_ray()
@@ -170,6 +181,7 @@ def _start_private(config: SessionConfig, namespace: str) -> None:
         raise CapabilityError(
             "a private Ray", str(error).split("\n", 1)[0], "See `raysys doctor`"
         ) from error
+    return str(ray.get_runtime_context().get_session_name())
 
 
 @contextlib.contextmanager
