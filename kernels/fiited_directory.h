@@ -60,7 +60,7 @@ struct Found {
   u32* refs = nullptr;
 };
 
-struct Home { const Segment* segment; const u8* tags; u32 cell; };
+struct Home { const Segment* segment; const u8* tags; u32 cell, hits; };
 
 class Directory {
  public:
@@ -80,22 +80,29 @@ class Directory {
     return s.tags + size_t(home(s, v)) * 16;
   }
 
-  // find() in three steps, for many rows at once: where its tags are, which cell of its home looks
-  // like it, and whether it is.
+  // find() in three steps, for many rows at once: where its tags are; the first cell whose tag is its own, in
+  // its home or behind it; whether that is the row. No cell, no row: then no entry is read.
   Home home_of(u64 v) const {
     const Segment& s = segment_of(v);
     const u32 g = home(s, v);
-    return {&s, s.tags + size_t(g) * 16, g * 16};
+    return {&s, s.tags + size_t(g) * 16, g * 16, 0};
   }
-  const Entry* look(Home& h, u64 v) const {
-    const u32 hits = match_group(h.tags, u8(v & 0x7f));
-    h.cell += hits ? u32(__builtin_ctz(hits)) : 0;
-    return h.segment->entries + h.cell;
+  void look(Home& h, u64 v) const {
+    const u8 tag = u8(v & 0x7f);
+    h.hits = match_group(h.tags, tag);
+    while (!h.hits && !match_group(h.tags, kEmpty)) {
+      h.cell += 16;
+      h.tags += 16;
+      if (h.cell == h.segment->groups * 16) { h.cell = 0; h.tags = h.segment->tags; }
+      h.hits = match_group(h.tags, tag);
+    }
+    if (h.hits) __builtin_prefetch(h.segment->entries + h.cell + __builtin_ctz(h.hits));
   }
   Found settle(const Home& h, u64 v, u16 table) const {
-    const Entry& e = h.segment->entries[h.cell];
-    if (e.key == v && e.table == table && !(h.segment->tags[h.cell] & 0x80)) return at(*h.segment, h.cell);
-    return find(v, table);
+    if (!h.hits) return {};
+    const u32 cell = h.cell + u32(__builtin_ctz(h.hits));
+    const Entry& e = h.segment->entries[cell];
+    return e.key == v && e.table == table ? at(*h.segment, cell) : find(v, table);
   }
 
   // Where insert() would most likely put a row.
@@ -104,13 +111,6 @@ class Directory {
     const u32 g = home(s, v);
     const u32 taken = live_group(s.tags + size_t(g) * 16);
     return at(s, size_t(g) * 16 + (taken == 0xffff ? 0 : __builtin_ctz(~taken)));
-  }
-
-  // First entry whose tag matches in the home group: what find() will most likely read.
-  const Entry* likely(u64 v) const {
-    const Segment& s = segment_of(v);
-    const u32 g = home(s, v), hits = match_group(s.tags + size_t(g) * 16, u8(v & 0x7f));
-    return hits ? s.entries + size_t(g) * 16 + __builtin_ctz(hits) : nullptr;
   }
 
   Found find(u64 v, u16 table, u32* probes = nullptr) const {

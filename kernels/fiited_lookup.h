@@ -75,23 +75,21 @@ inline void resolve_rows(Store& s, Row* rows, size_t n) {
     }
     return;
   }
-  constexpr size_t kBlock = 32;
-  Home homes[4 * kBlock];
+  constexpr size_t kAhead = 16;
+  Home homes[2 * kAhead];
   const Directory& directory = *s.directory;
-  for (size_t low = 0; low < n + 2 * kBlock; low += kBlock) {
-    for (size_t i = low; i < std::min(low + kBlock, n); ++i) {
-      Home& home = homes[i % (4 * kBlock)];
+  for (size_t i = 0; i < n + 2 * kAhead; ++i) {
+    if (i >= 2 * kAhead) {
+      Row& r = rows[i - 2 * kAhead];
+      s.take(r, directory.settle(homes[i % (2 * kAhead)], r.v, r.table));
+      __builtin_prefetch(r.w);
+    }
+    if (i >= kAhead && i < n + kAhead) directory.look(homes[(i - kAhead) % (2 * kAhead)], rows[i - kAhead].v);
+    if (i < n) {
+      Home& home = homes[i % (2 * kAhead)];
       home = directory.home_of(rows[i].v);
       __builtin_prefetch(home.tags);
     }
-    if (low >= kBlock)
-      for (size_t i = low - kBlock; i < std::min(low, n); ++i)
-        __builtin_prefetch(directory.look(homes[i % (4 * kBlock)], rows[i].v));
-    if (low >= 2 * kBlock)
-      for (size_t i = low - 2 * kBlock; i < std::min(low - kBlock, n); ++i) {
-        s.take(rows[i], directory.settle(homes[i % (4 * kBlock)], rows[i].v, rows[i].table));
-        __builtin_prefetch(rows[i].w);
-      }
   }
 }
 inline void resolve_all(Store& s, std::vector<Row>& rows) { resolve_rows(s, rows.data(), rows.size()); }

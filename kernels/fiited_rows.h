@@ -231,12 +231,64 @@ inline void sum_values(const Batch& b, const Row& r, const float* grad, i64 stri
   }
 }
 
+// update_rows in the case of fiited_plain.h, without weights of values. A row's memory is asked for kAhead
+// rows before its turn.
+template <int L, int C> inline i64 update_four(Store& s, Batch& b, const float* grad, i64 stride, float lr, float unit) {
+  constexpr u32 kAhead = 16;
+  constexpr int parts = 4 * C / Chunk<C>::step;
+  using K = Chunk<C>;
+  alignas(64) float sum[4 * C];
+  i64 rejected = 0;
+  const u32 n = u32(b.rows.size());
+  const Row* const rows = b.rows.data();
+  const u32* const order = b.order.data();
+  const u32* const bag = b.bag.data();
+  const i64* const columns = b.column.data();
+  for (u32 i = 0; i < n; ++i) {
+    if (i + kAhead < n) {
+      const Row& ahead = rows[i + kAhead];
+      const float* const column = grad + columns[ahead.table];
+      for (u32 p = 0; p < ahead.count && p < 4; ++p) {
+        const float* const one = column + i64(bag[order[ahead.start + p]]) * stride;
+        for (int f = 0; f < 4 * C; f += 16) __builtin_prefetch(one + f);
+      }
+      if (ahead.e) {
+        __builtin_prefetch(ahead.e);
+        __builtin_prefetch(ahead.u);
+        for (int byte = 0; byte < popcount(ahead.alive) * C * 4; byte += 64) __builtin_prefetch(ahead.w + byte);
+      } else if (s.sketch) s.sketch->prefetch(ahead.v);
+    }
+    Row& r = b.rows[i];
+    const float* const column = grad + columns[r.table];
+    const u32* const value = order + r.start;
+    const float* g = column + i64(bag[value[0]]) * stride;
+    if (r.count > 1) {
+      typename K::V part[parts];
+      for (int q = 0; q < parts; ++q) part[q] = K::at(g, q);
+      for (u32 p = 1; p < r.count; ++p) {
+        if (p + 8 < r.count) {
+          const float* const one = column + i64(bag[value[p + 8]]) * stride;
+          for (int f = 0; f < 4 * C; f += 16) __builtin_prefetch(one + f);
+        }
+        const float* const one = column + i64(bag[value[p]]) * stride;
+        for (int q = 0; q < parts; ++q) part[q] = part[q] + K::at(one, q);
+      }
+      for (int q = 0; q < parts; ++q) K::at(sum, q) = part[q];
+      g = sum;
+    }
+    rejected += !apply_four<L, C>(s, r, g, lr, unit);
+  }
+  return rejected;
+}
+
 template <int L> inline i64 update_rows(Store& s, Batch& b, const float* grad, i64 stride, float lr, float unit) {
   using V = typename Lanes<L>::type;
   alignas(64) float sum[4096];
   i64 rejected = 0;
   const size_t n = b.rows.size();
   const bool four = all_four(s);
+  if (four && b.scale.empty() && s.c.chunk == 16) return update_four<L, 16>(s, b, grad, stride, lr, unit);
+  if (four && b.scale.empty() && s.c.chunk == L) return update_four<L, L>(s, b, grad, stride, lr, unit);
   const bool copy = s.c.clip > 0 || s.c.weight_decay > 0;   // then apply_row writes into the gradient
   auto at = [&](u32 value) { return grad + i64(b.bag[value]) * stride; };
   for (size_t i = 0; i < n; ++i) {
