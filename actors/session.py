@@ -17,9 +17,9 @@ from types import TracebackType
 from typing import Any
 
 from actors import leaving
-from raysys import machine
+from raysys import machine, scratch
 from raysys.config import check_range
-from raysys.errors import CapabilityError, ConfigError, RemoteError
+from raysys.errors import CapabilityError, ConfigError, RemoteError, StorageError
 
 PROBE_TIMEOUT_S = 5.0
 NAMESPACE_PREFIX = "raysys"
@@ -94,6 +94,9 @@ class Session:
 
             self._open = False
             leaving.leave(ray.shutdown, self._cluster)
+            if self._cluster is not None:
+                with contextlib.suppress(StorageError):
+                    scratch.sweep()  # Ray ends actors by a kill
 
     def __enter__(self) -> Session:
         return self

@@ -18,7 +18,6 @@ import dataclasses
 import json
 import math
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ import yaml
 
 from actors.andes.engine_settings import AndesEngineConfig, idle_status
 from jobs.launcher import Job, JobContext, Summary, main
+from raysys import scratch
 from raysys.config import check, check_range
 from raysys.errors import DataError, StorageError
 from raysys.serving.andes.models import StepTime, fit_step_time
@@ -124,8 +124,8 @@ def measure_engine(config: CalibrateConfig, context: JobContext) -> bytes:
     from actors.serving.endpoint import Endpoint, free_port
 
     context.ray(num_cpus=2)
-    with tempfile.TemporaryDirectory(prefix="raysys-calibrate-") as folder:
-        status, log = Path(folder) / "status.json", Path(folder) / "steps.jsonl"
+    with scratch.folder("calibrate") as folder:
+        status, log = folder / "status.json", folder / "steps.jsonl"
         andes = AndesEngineConfig(status_file=str(status), step_log=str(log))
         endpoint = ServingConfig(port=free_port(), andes=andes)
         tell = context.console.print
@@ -177,8 +177,8 @@ def run(config: CalibrateConfig, context: JobContext) -> Summary:
     else:
         content = measure_engine(config, context)
         context.run.storage.write("steps.jsonl", content)
-        with tempfile.TemporaryDirectory(prefix="raysys-calibrate-") as folder:
-            log = Path(folder) / "steps.jsonl"
+        with scratch.folder("calibrate") as folder:
+            log = folder / "steps.jsonl"
             log.write_bytes(content)
             step_time, figures, lines = fit_log(config, log)
     fields = dataclasses.asdict(step_time)

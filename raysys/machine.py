@@ -4,7 +4,8 @@ Variables that raysys understands:
 
 ``RAYSYS_HOME``      where models and compiled kernels are cached (default ``~/.cache/raysys``)
 ``RAYSYS_DATA``      folder with the optional data sets; absent means packaged or generated data
-``RAYSYS_TEMP``      folder for a private Ray's session files (default: Ray's own)
+``RAYSYS_TEMP``      folder for a private Ray's session files (default: Ray's own) and for our own
+                     temporary folders (default: the system's; see :mod:`raysys.scratch`)
 
 Of Ray's own variables it reads ``RAY_ADDRESS``, ``RAY_AUTH_TOKEN`` and ``RAY_AUTH_TOKEN_PATH``.
 """
@@ -41,7 +42,7 @@ def data_dir() -> Path | None:
 
 
 def temp_dir() -> Path | None:
-    """Parent folder for a private Ray's session files, or None for the system's default."""
+    """Parent folder for session files of Ray and temporary folders; None: the system's default."""
     given = os.environ.get("RAYSYS_TEMP")
     return Path(given) if given else None
 

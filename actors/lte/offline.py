@@ -12,13 +12,12 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from raysys import machine
+from raysys import machine, scratch
 from raysys.config import config_from_dict, config_to_dict
 from raysys.errors import RemoteError
 
@@ -80,8 +79,8 @@ def generate(request: OfflineRequest) -> OfflineAnswer:
     Raises:
         RemoteError: vLLM failed; the text has the last line of its log.
     """
-    with tempfile.TemporaryDirectory(prefix="raysys-lte-") as folder:
-        question, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
+    with scratch.folder("lte") as folder:
+        question, answer = folder / "request.json", folder / "answer.json"
         question.write_text(json.dumps(config_to_dict(request)))
         environment = {
             **os.environ,

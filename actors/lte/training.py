@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors.lte.progress import LOG_FILE, RowLog
-from raysys import machine
+from raysys import machine, scratch
 from raysys.config import config_from_dict, config_to_dict
 from raysys.errors import RemoteError
 from raysys.training.lte.config import ConvertConfig
@@ -116,8 +115,8 @@ def report_to_ray(figures: dict[str, Any], state: bytes | None) -> None:
     if state is None:
         ray_train.report(figures)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / STATE_FILE).write_bytes(state)
+    with scratch.folder("lte") as folder:
+        (folder / STATE_FILE).write_bytes(state)
         ray_train.report(figures, checkpoint=Checkpoint.from_directory(folder))
 
 

@@ -8,6 +8,7 @@ engine's exception made Ray Serve's controller import vLLM, and stand still mean
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from typing import Any
@@ -16,10 +17,13 @@ from jinja2 import TemplateError
 from ray.serve.llm.deployment import LLMServer
 
 from actors.serving.refusals import engine_error
+from raysys import scratch
 
 _log = logging.getLogger(__name__)
 # Where vLLM raises one of these, it is about the request; its own server answers them as such.
 ABOUT_THE_REQUEST = (TypeError, OverflowError, NotImplementedError, TemplateError)
+MAX_SOCKET_PATH = 107  # bytes, Linux
+SOCKET_NAME = "/01234567-89ab-cdef-0123-456789abcdef"
 FIELDS = {"chat": "messages", "completions": "prompt", "tokenize": "prompt", "detokenize": "tokens"}
 
 
@@ -28,6 +32,7 @@ class ModelServer(LLMServer):  # type: ignore[misc]
 
     async def start(self) -> None:
         """Start the engine, and find its tokenizer routes."""
+        gather_sockets()
         await super().start()
         if getattr(self.engine, "_oai_serving_tokenization", self) is None:
             routes = getattr(self.engine._app_state, "serving_tokenization", None)
@@ -44,6 +49,17 @@ class ModelServer(LLMServer):  # type: ignore[misc]
     async def _run_request(self, request: Any, *, engine_method: str, **options: Any) -> Any:
         answers = await super()._run_request(request, engine_method=engine_method, **options)
         return refusing(answers, FIELDS.get(engine_method))
+
+
+def gather_sockets() -> None:
+    """Give vLLM's sockets a folder of this process's own.
+
+    By default they lie in the system's temporary folder itself, and stay there for good: Ray ends
+    replicas, and replicas their engines, by a kill.
+    """
+    folder = str(scratch.kept("vllm"))
+    if len(folder) + len(SOCKET_NAME) <= MAX_SOCKET_PATH:
+        os.environ.setdefault("VLLM_RPC_BASE_PATH", folder)
 
 
 async def in_built_in_words(check: Awaitable[None]) -> None:

@@ -7,9 +7,6 @@ where Ray Serve asks: for routing twice a second, for autoscaling once.
 
 from __future__ import annotations
 
-import atexit
-import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from actors.andes.engine_settings import (
 )
 from actors.serving.engine_metrics import EngineMetrics
 from actors.serving.model_server import ModelServer
+from raysys import scratch
 from raysys.serving.andes.routing import ReplicaLoad, load_from_dict
 
 STALE_S = 10.0
@@ -84,9 +82,7 @@ def _own_settings(llm_config: Any) -> Path | None:
     if not additional or KEY not in additional:
         return None
     number = int(serve.get_replica_context().rank.rank)
-    folder = tempfile.mkdtemp(prefix="raysys-andes-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    default = str(Path(folder) / "status.json")
+    default = str(scratch.kept("andes") / "status.json")
     config = for_replica(read_arguments(additional), number, default)
     own = {**additional, KEY: engine_arguments(config)["additional_config"][KEY]}
     llm_config.update_engine_kwargs(additional_config=own)

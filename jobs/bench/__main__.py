@@ -17,7 +17,6 @@ import os
 import pkgutil
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from jobs import bench as package
-from raysys import machine
+from raysys import machine, scratch
 from raysys.bench import Claim, ClaimFunction, Profile, result_to_dict
 from raysys.errors import CapabilityError, ConfigError, RaysysError
 from raysys.runs.storage import Storage
@@ -146,9 +145,9 @@ def _all(options: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
     """Every system in a process of its own, which gives back its memory and may die alone."""
     results: list[dict[str, Any]] = []
     code = 0
-    with tempfile.TemporaryDirectory(prefix="raysys-bench-") as folder:
+    with scratch.folder("bench") as folder:
         for name in systems():
-            path = Path(folder) / f"{name}.json"
+            path = folder / f"{name}.json"
             ended = subprocess.run(_command(name, options, path), check=False).returncode
             code = code or ended
             if path.is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from jobs.train.config import TrainConfig
 from jobs.train.figures import plasticity_svg
 from jobs.train.pretrained import exported
 from jobs.train.run import STATE_FILE, all_events, from_bytes, make_loop, to_bytes, train
+from raysys import scratch
 from raysys.training.datasets import Split
 from raysys.training.kgt import EventLog
 from raysys.training.kgt.config import resolve
@@ -30,8 +30,8 @@ def run(config: TrainConfig, context: JobContext) -> Summary:
         return _dry_run(config, split)
     if config.workers > 1:
         return _parallel(config, context)
-    with tempfile.TemporaryDirectory(prefix="raysys-kgt-") as folder:
-        return _train_here(config, context, split, folder)
+    with scratch.folder("kgt") as folder:
+        return _train_here(config, context, split, str(folder))
 
 
 def _train_here(config: TrainConfig, context: JobContext, split: Split, folder: str) -> Summary:

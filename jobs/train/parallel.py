@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from jobs.train import data, network
 from jobs.train.config import TrainConfig
 from jobs.train.run import STATE_FILE, from_file, make_control, to_bytes
+from raysys import scratch
 from raysys.config import config_from_dict, config_to_dict
 from raysys.errors import RemoteError
 from raysys.training.kgt import Control, EventLog, ModulePlan
@@ -160,6 +160,6 @@ def _report(metrics: dict[str, Any], content: bytes | None) -> None:
     if content is None:
         train.report(metrics)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / STATE_FILE).write_bytes(content)
+    with scratch.folder("train") as folder:
+        (folder / STATE_FILE).write_bytes(content)
         train.report(metrics, checkpoint=Checkpoint.from_directory(folder))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from raysys import scratch
 from raysys.errors import CapabilityError, ConfigError, StorageError
 
 
@@ -79,9 +79,9 @@ def exported(model: nn.Module) -> dict[str, bytes]:
     if not isinstance(model, PretrainedClassifier):
         return {}
     net: Any = model.net
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+    with scratch.folder("train") as folder, contextlib.redirect_stderr(io.StringIO()):
         net.save_pretrained(folder)
-        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+        return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def _transformers() -> Any:

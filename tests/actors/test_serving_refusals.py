@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import warnings
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,11 +21,12 @@ with warnings.catch_warnings():
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    from actors.serving.model_server import in_built_in_words, refusing
+    from actors.serving.model_server import gather_sockets, in_built_in_words, refusing
     from actors.serving.refusals import engine_error, from_engine
 
 from actors.serving.admission import AdmissionConfig
 from actors.serving.config import ServingConfig
+from raysys import scratch
 from tests.actors.serving_echo import MODEL, Served, chat, send
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -201,3 +204,15 @@ def test_an_error_in_mid_stream_is_no_refusal() -> None:
 
     with pytest.raises(TypeError, match="ours"):
         asyncio.run(go())
+
+
+@pytest.mark.parametrize(("length", "given"), [(70, True), (71, False)])
+def test_vllms_sockets_get_a_folder_of_ours_where_their_path_is_not_too_long(
+    monkeypatch: pytest.MonkeyPatch, length: int, given: bool
+) -> None:
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", "restored after the test")
+    monkeypatch.delenv("VLLM_RPC_BASE_PATH")
+    place = "/" + "a" * (length - 1)
+    monkeypatch.setattr(scratch, "kept", lambda name: Path(place))
+    gather_sockets()
+    assert os.environ.get("VLLM_RPC_BASE_PATH") == (place if given else None)

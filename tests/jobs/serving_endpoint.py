@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -10,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.error
@@ -28,7 +28,7 @@ from actors.serving import packaged_model
 from actors.serving.client import Chat, ChatClient
 from actors.serving.endpoint import free_port
 from actors.session import Session
-from raysys import machine
+from raysys import machine, scratch
 from raysys.serving.andes.qoe import QoESpec
 
 psutil = pytest.importorskip("psutil", reason="comes with the serving extra: make setup")
@@ -50,9 +50,10 @@ def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = PATIENC
     return value
 
 
+@functools.cache
 def status_file() -> Path:
     """Where the engine's scheduler writes; one engine, one file a test run."""
-    return Path(tempfile.gettempdir()) / f"raysys-test-status-{os.getpid()}.json"
+    return scratch.kept("test") / "status.json"
 
 
 def everything_is_free() -> bool:

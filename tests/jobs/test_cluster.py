@@ -7,17 +7,15 @@ another cluster on the machine.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from jobs.bench.cluster.nodes import free_ports
-from raysys import machine
+from raysys import machine, scratch
 
 ROOT = machine.app_root()
 BIN = Path(sys.executable).parent
@@ -51,7 +49,7 @@ def head(
     """A head by ``ray start`` with four logical CPUs."""
     environment = isolate(tmp_path_factory.mktemp("home"))
     # Unix sockets have short names: pytest's own folder would be too long.
-    temporary = Path(tempfile.mkdtemp(prefix="rs-"))
+    temporary = scratch.kept("rs")
     port, dashboard, agent, client = free_ports(4)
     command = [
         str(BIN / "ray"),
@@ -86,7 +84,6 @@ def head(
         )
         process.terminate()
         process.wait(timeout=60)
-    shutil.rmtree(temporary, ignore_errors=True)
 
 
 @pytest.mark.cluster

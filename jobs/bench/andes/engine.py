@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import functools
 import statistics
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +28,7 @@ from actors.serving.client import ChatClient, Stream
 from actors.serving.config import KV_BLOCK, ServingConfig
 from actors.serving.endpoint import Endpoint, free_port
 from actors.session import Session, SessionConfig
+from raysys import scratch
 from raysys.bench import Baseline, Claim, ClaimFunction, Profile
 from raysys.config import config_to_dict
 from raysys.serving.andes.models import StepTime
@@ -67,8 +66,8 @@ def measure(seeds: tuple[int, ...]) -> Measured:
 
     streams: dict[tuple[int, str], list[Stream]] = {}
     pauses: dict[tuple[int, str], int] = {}
-    with tempfile.TemporaryDirectory(prefix="raysys-andes-") as folder:
-        status_file = Path(folder) / "status.json"
+    with scratch.folder("andes") as folder:
+        status_file = folder / "status.json"
         endpoint = contest_endpoint(CONTEST, free_port(), str(status_file))
         session = None if ray.is_initialized() else Session.start(SessionConfig(address="local"))
         try:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +26,7 @@ from actors.serving.config import FleetConfig, ServingConfig
 from actors.serving.endpoint import Endpoint, free_port
 from actors.session import Session, SessionConfig
 from jobs.bench.andes.cases import MACHINES
+from raysys import scratch
 from raysys.bench import Claim, ClaimFunction, Profile, paired_claim
 from raysys.config import config_to_dict
 from raysys.serving.andes.models import StepTime
@@ -117,8 +116,8 @@ def _measured(seeds: list[int]) -> dict[int, dict[str, Any]]:
 
     if _MEASURED:
         return _MEASURED
-    with tempfile.TemporaryDirectory(prefix="raysys-andes-") as folder:
-        endpoint = router_endpoint(free_port(), str(Path(folder) / "status.json"))
+    with scratch.folder("andes") as folder:
+        endpoint = router_endpoint(free_port(), str(folder / "status.json"))
         session = None if ray.is_initialized() else Session.start(SessionConfig(address="local"))
         try:
             with Endpoint.start(endpoint):

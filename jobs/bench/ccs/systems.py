@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch.nn import functional
 
 from actors.ccs import Columns, select_parquet
 from jobs.bench.ccs.lab import session
+from raysys import scratch
 from raysys.bench import Baseline, Claim, Profile
 from raysys.training.ccs.accumulator import ScoreAccumulator
 from raysys.training.ccs.coverage import nearest_distances
@@ -32,7 +32,7 @@ def select_10m_rows_s(profile: Profile) -> Claim:
     """Seconds to select 1 M of 10 M Parquet rows, and whether every partitioning agrees."""
     session()
     rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch.folder("ccs") as folder:
         path = f"{folder}/scores.parquet"
         columns = {
             "id": rng.permutation(ROWS),

@@ -8,10 +8,8 @@ import multiprocessing
 import os
 import secrets
 import shlex
-import shutil
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jobs.submit import send
-from raysys import machine
+from raysys import machine, scratch
 from raysys.errors import RemoteError
 
 T = TypeVar("T")
@@ -136,16 +134,12 @@ def several_nodes(nodes: int, cpus: int) -> Iterator[NodeCluster]:
 
 def in_own_home(function: Callable[..., T], *arguments: Any) -> T:
     """Call a function in a new process with a home and a token that no other cluster knows."""
-    # Unix sockets have short names: the folder must be short as well.
-    home = Path(tempfile.mkdtemp(prefix="rs-"))
     spawn = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
-            with _environment(own_home(home)):
-                future = pool.submit(function, *arguments)
-            return future.result()
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
+    # Unix sockets have short names: the folder must be short as well.
+    with scratch.folder("rs") as home, ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        with _environment(own_home(home)):
+            future = pool.submit(function, *arguments)
+        return future.result()
 
 
 def free_ports(count: int) -> list[int]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from jobs.bench.cluster.nodes import Ended, NodeCluster, in_own_home, several_nodes
+from raysys import scratch
 from raysys.bench import Baseline, Claim, Profile
 from raysys.errors import RemoteError
 
@@ -38,8 +38,8 @@ def two_jobs_share(profile: Profile) -> Claim:
 
 
 def _measure(rounds: int, repeats: int) -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder, several_nodes(NODES, CPUS) as cluster:
-        return [_trial(cluster, Path(folder) / str(n), rounds) for n in range(repeats)]
+    with scratch.folder("cluster") as folder, several_nodes(NODES, CPUS) as cluster:
+        return [_trial(cluster, folder / str(n), rounds) for n in range(repeats)]
 
 
 def _trial(cluster: NodeCluster, folder: Path, rounds: int) -> dict[str, Any]:

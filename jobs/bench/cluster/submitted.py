@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import socket
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from jobs.bench.cluster.nodes import FINISHED, Ended, NodeCluster, in_own_home, several_nodes
 from jobs.bench.cluster.workload import Submission, submissions
+from raysys import scratch
 from raysys.bench import Baseline, Claim, Profile
 
 NODES = 3
@@ -40,8 +39,8 @@ def every_job_submitted(profile: Profile) -> Claim:
 
 
 def _measure(full: bool) -> dict[str, dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder, several_nodes(NODES, CPUS) as cluster:
-        return run_all(cluster, submissions(Path(folder), full=full))
+    with scratch.folder("cluster") as folder, several_nodes(NODES, CPUS) as cluster:
+        return run_all(cluster, submissions(folder, full=full))
 
 
 def run_all(cluster: NodeCluster, wanted: Sequence[Submission]) -> dict[str, dict[str, Any]]:

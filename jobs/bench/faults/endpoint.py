@@ -6,7 +6,6 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -20,7 +19,7 @@ from actors.serving.client import Chat, ChatClient, Stream
 from actors.serving.endpoint import free_port
 from jobs.bench.faults import processes
 from jobs.bench.faults.plan import Tally, draw_blows
-from raysys import machine
+from raysys import machine, scratch
 from raysys.bench import Claim, Profile
 from raysys.errors import RemoteError
 from raysys.serving.andes.qoe import QoESpec
@@ -39,11 +38,11 @@ def andes(profile: Profile) -> Claim:
     check_vllm()
     tally = Tally()
     port = free_port()
-    with tempfile.TemporaryDirectory() as folder:
-        process = _start(Path(folder), port)
+    with scratch.folder("faults") as folder:
+        process = _start(folder, port)
         try:
             client = ChatClient(f"http://127.0.0.1:{port}/v1", packaged_model.NAME)
-            _wait_until_answered(client, process, Path(folder))
+            _wait_until_answered(client, process, folder)
             blows = draw_blows(SEED, "andes", list(VICTIMS), profile.pick(2, 10))
             rng = random.Random(SEED)
             for blow in blows:
@@ -51,7 +50,7 @@ def andes(profile: Profile) -> Claim:
                 tally.kills += Counter(row["kills"])
                 tally.absent[blow.victim] += not row["kills"]
                 again_s = time.monotonic()
-                _wait_until_answered(client, process, Path(folder))
+                _wait_until_answered(client, process, folder)
                 row["answered_again_s"] = time.monotonic() - again_s
                 tally.trials.append(row)
         finally:

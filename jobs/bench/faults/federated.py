@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from pathlib import Path
 
 from jobs.bench.faults.program import Program, newer_file, shoot
+from raysys import scratch
 from raysys.bench import Claim, ClaimFunction, Profile
 from raysys.federated.core.serialize import unpack_arrays
 
@@ -49,7 +49,7 @@ def claim_of(system: str) -> ClaimFunction:
 
     def measure(profile: Profile) -> Claim:
         trials, each = profile.pick((1, 3), (8, 3))
-        with tempfile.TemporaryDirectory() as folder:
-            return shoot(program, Path(folder), SEED, trials, each).claim(system, PROMISE, SEED)
+        with scratch.folder("faults") as folder:
+            return shoot(program, folder, SEED, trials, each).claim(system, PROMISE, SEED)
 
     return measure

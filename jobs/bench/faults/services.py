@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
-from pathlib import Path
 
 from actors.venn.chaos import Chaos, ChaosConfig
 from actors.venn.processes import deployment
 from jobs.bench.faults.plan import Tally
 from jobs.bench.swan.moves import run_kills
+from raysys import scratch
 from raysys.bench import Claim, Profile
 
 LEAST_REFILLED = 0.8  # of a round's devices; the rest is on its way when the books are closed
@@ -18,7 +17,7 @@ LEAST_REFILLED = 0.8  # of a round's devices; the rest is on its way when the bo
 def venn(profile: Profile) -> Claim:
     """Gateways and the leading scheduler die under load; leases are counted at the devices."""
     config = ChaosConfig(kills=profile.pick(4, 40), jobs=profile.pick(100, 1000), seed=13)
-    with tempfile.TemporaryDirectory() as folder, deployment(Path(folder), gateways=2) as running:
+    with scratch.folder("faults") as folder, deployment(folder, gateways=2) as running:
         report = asyncio.run(Chaos(running, config).run())
     tally = Tally()
     tally.kills["gateway"] = report.kills["gateway"] + report.kills["both"]
@@ -46,8 +45,8 @@ def venn(profile: Profile) -> Claim:
 
 def swan(profile: Profile) -> Claim:
     """An on-device training dies again and again and goes on from its last save."""
-    with tempfile.TemporaryDirectory() as folder:
-        found = run_kills(Path(folder), profile.pick(5, 50), 0.2, profile.pick(600, 2000))
+    with scratch.folder("faults") as folder:
+        found = run_kills(folder, profile.pick(5, 50), 0.2, profile.pick(600, 2000))
     tally = Tally()
     tally.late["training"] = found["finished_before_the_kill"]
     tally.kills["training"] = found["kills"] - tally.late["training"]

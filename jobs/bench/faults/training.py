@@ -6,7 +6,6 @@ import hashlib
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 
 from jobs.bench.faults.program import Program, newer_file, shoot, titled
 from jobs.bench.inputs import write_clicks, write_language_model
-from raysys import machine
+from raysys import machine, scratch
 from raysys.bench import Claim, Profile
 from raysys.errors import RemoteError
 from raysys.runs import RunDirectory
@@ -137,8 +136,7 @@ def _measure(
     digest: Callable[[Path], str], title: str = "",
 ) -> Claim:  # fmt: skip
     trials, each = profile.pick((1, 2), (10, 2))
-    with tempfile.TemporaryDirectory() as name:
-        base = Path(name)
+    with scratch.folder("faults") as base:
         program = Program(
             system=system, words=words, settings=lambda folder: settings(base, folder),
             victims=victims, sign=titled(title) if title else newer_file(mark), digest=digest,

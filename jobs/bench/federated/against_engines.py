@@ -12,7 +12,6 @@ import statistics
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import numpy as np
 import psutil
 
 from jobs.bench.federated.on_ray import SPEC, digits_population, federated_run
-from raysys import machine
+from raysys import machine, scratch
 from raysys.bench import Claim, Profile, paired_claim
 from raysys.errors import CapabilityError
 from raysys.federated.core.datasets import load_digits_data
@@ -103,8 +102,8 @@ def _theirs(python: Path, rival: str, kind: str, rounds: int) -> float:
     program = Path(__file__).parent / "rivals" / f"{rival}_job.py"
     data = load_digits_data(0, image=True)
     population = digits_population(POPULATION, len(data.targets))
-    with tempfile.TemporaryDirectory() as folder:
-        job = Path(folder) / "job.npz"
+    with scratch.folder("federated") as folder:
+        job = folder / "job.npz"
         rows = population.sample_ids.reshape(POPULATION, -1).astype(np.int64)
         np.savez(job, inputs=data.inputs, targets=data.targets, rows=rows)
         done = subprocess.run(

@@ -7,7 +7,6 @@ import functools
 import itertools
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.nn import functional
 
 from jobs.bench.kgt import tasks
 from jobs.bench.pieces import Piece, measure_pieces
+from raysys import scratch
 from raysys.bench import Profile
 from raysys.training import datasets
 from raysys.training.ccs import (
@@ -160,13 +160,13 @@ def _resumable(optimizer: str, folder: str = "", log: EventSink = ignore) -> Tra
 
 
 def _killed_and_resumed(optimizer: str, step: int) -> tuple[int, TrainLoop]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "state.pt"
+    with scratch.folder("kgt") as folder:
+        path = folder / "state.pt"
         child = os.fork()
         if child == 0:
-            _train_and_die(optimizer, step, path, folder)
+            _train_and_die(optimizer, step, path, str(folder))
         _, status = os.waitpid(child, 0)
-        loop = _resumable(optimizer, folder)
+        loop = _resumable(optimizer, str(folder))
         loop.load_state_dict(torch.load(path, weights_only=False))
         loop.run()
     return os.WTERMSIG(status), loop

@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from raysys import machine
+from raysys import machine, scratch
 from raysys.bench import Profile
 from raysys.errors import CapabilityError
 from raysys.training import datasets
@@ -49,7 +48,6 @@ KGT_OPTIONS: Mapping[str, Any] = {
 
 
 CURVE_ROWS = 1000  # test examples behind a curve's inner points
-_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []  # they go with the process
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -194,9 +192,7 @@ def plan_signature(task: Task) -> list[list[str]]:
 
 def cached() -> CacheConfig:
     """A cache in a folder of its own, which goes when the process ends."""
-    folder = tempfile.TemporaryDirectory(prefix="raysys-kgt-")
-    _FOLDERS.append(folder)
-    return CacheConfig(directory=folder.name)
+    return CacheConfig(directory=str(scratch.kept("kgt")))
 
 
 def side_by_side(

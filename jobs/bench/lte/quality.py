@@ -12,7 +12,6 @@ import hashlib
 import json
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from jobs.bench.lte import models
 from jobs.bench.pieces import Piece, measure_pieces
-from raysys import machine
+from raysys import machine, scratch
 from raysys.bench import Baseline, Claim, Profile
 from raysys.config import config_to_dict
 from raysys.training.lte.contest import METHODS, REFERENCES, Contest
@@ -66,8 +65,7 @@ class Study:
         self.held_out = TokenBlocks.encode(source.held_out, to_bytes, config.length)
         self.key = {"config": config_to_dict(config), "corpus": source.name}
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:12]
-        self._own = None if partial else tempfile.TemporaryDirectory(prefix="raysys-lte-")
-        self.folder = Path(self._own.name if self._own else partial) / f"lte-states-{digest}"
+        self.folder = (Path(partial) if partial else scratch.kept("lte")) / f"lte-states-{digest}"
         self._contests: dict[int, Contest] = {}
         self._known: dict[tuple[str, int], dict[str, Any]] = {}
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from actors.serving.config import ModelConfig
 from actors.serving.endpoint import Endpoint, free_port
 from actors.session import Session, SessionConfig
 from jobs.bench.lte import models
+from raysys import scratch
 from raysys.bench import Baseline, Claim, Profile
 
 CONTEST = ContestConfig()
@@ -62,8 +62,8 @@ def _serve(folder: Path, seeds: Sequence[int]) -> list[list[Stream]]:
     """The burst for every seed on a fresh endpoint, after a warm-up."""
     import ray
 
-    with tempfile.TemporaryDirectory(prefix="raysys-lte-") as status:
-        endpoint = contest_endpoint(CONTEST, free_port(), str(Path(status) / "status.json"))
+    with scratch.folder("lte") as status:
+        endpoint = contest_endpoint(CONTEST, free_port(), str(status / "status.json"))
         model = ModelConfig(name="burst", folder=str(folder))
         endpoint = dataclasses.replace(endpoint, model=model)
         session: Any = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from actors.edge.server import EdgeServerConfig
 from actors.edge.service import EdgeService, VennConfig
 from actors.edge.simulated import SimulateConfig, SimulatedFleet
 from actors.venn.security import SecurityConfig
+from raysys import scratch
 from raysys.bench import Baseline, Claim, Profile
 from raysys.federated.core.local import LocalConfig
 from raysys.federated.core.partition import PartitionConfig
@@ -31,9 +31,9 @@ def crowd(profile: Profile) -> Claim:
     and every lease the ticket that its gateway signed.
     """
     devices, per_round, rounds = profile.pick((300, 30, 2), (5000, 200, 3))
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch.folder("swan") as folder:
         cpu_s = time.process_time()
-        found = asyncio.run(_serve(Path(folder), devices, per_round, rounds))
+        found = asyncio.run(_serve(folder, devices, per_round, rounds))
         cpu_s = time.process_time() - cpu_s
     return Claim(
         name="crowd",

@@ -10,7 +10,6 @@ import random
 import secrets
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from actors.edge.service import EdgeService, VennConfig
 from actors.swan.engine import EngineConfig
 from actors.venn.security import SecurityConfig
 from jobs.bench.swan.lossy import lossy_relay
-from raysys import machine
+from raysys import machine, scratch
 from raysys.bench import Baseline, Claim, Profile
 from raysys.config import config_to_dict
 from raysys.federated.core.evaluation import evaluate
@@ -57,8 +56,8 @@ def edge_end_to_end(profile: Profile) -> Claim:
     setting = profile.pick(quick, full)
     recipe = recipe_of(setting)
     simulated = simulate(recipe, setting.rounds)
-    with tempfile.TemporaryDirectory() as folder:
-        real = asyncio.run(run_devices(Path(folder), recipe, setting))
+    with scratch.folder("swan") as folder:
+        real = asyncio.run(run_devices(folder, recipe, setting))
     points = 100 * abs(real["accuracy"] - simulated)
     return Claim(
         name="edge_end_to_end",

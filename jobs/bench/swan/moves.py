@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import nn
 
 from actors.swan.checkpoint import ResumableSampler, random_state
 from actors.swan.engine import EngineConfig, Swan
-from raysys import machine
+from raysys import machine, scratch
 from raysys.bench import Baseline, Claim, Profile
 from raysys.errors import RemoteError
 from raysys.federated.swan.choices import Choice, enumerate_choices
@@ -128,8 +127,8 @@ def kills_lose_little(profile: Profile) -> Claim:
     have been waiting for the rest of the time, which the samples hold as well.
     """
     kills, interval_s = profile.pick(10, 100), 0.2
-    with tempfile.TemporaryDirectory() as folder:
-        found = run_kills(Path(folder), kills, interval_s, steps=profile.pick(600, 2000))
+    with scratch.folder("swan") as folder:
+        found = run_kills(folder, kills, interval_s, steps=profile.pick(600, 2000))
     return Claim(
         name="kills_lose_little",
         value=found["most_lost_cpu_s"],

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from actors.swan.affinity import apply_affinity, lower_priority, restore_priorit
 from actors.swan.engine import EngineConfig, Swan
 from jobs.bench.swan.loads import frames
 from jobs.bench.swan.networks import Training
+from raysys import scratch
 from raysys.bench import Baseline, Claim, Profile
 from raysys.errors import CapabilityError
 from raysys.federated.swan.controller import ControllerConfig
@@ -79,8 +78,8 @@ def owner_experience(profile: Profile) -> Claim:
 
 def _with_owner(mode: str, cycles: int) -> dict[str, Any]:
     """Train (or not) through so many bursts of frames."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "frames"
+    with scratch.folder("swan") as folder:
+        path = folder / "frames"
         with frames(path, ON_S, OFF_S) as begin, _trainer(mode) as (step, moves):
             _settle(mode, step)
             begin()

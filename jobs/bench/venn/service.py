@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import statistics
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from actors.venn.chaos import Chaos, ChaosConfig
 from actors.venn.load import LoadConfig, run_load
 from actors.venn.processes import ProcessDeployment, deployment
 from actors.venn.twin import Twin
-from raysys import machine
+from raysys import machine, scratch
 from raysys.bench import Baseline, Claim, Profile
 from raysys.federated.venn.irs import IRS, IRSConfig
 from raysys.federated.venn.scheduler_state import ServiceConfig
@@ -35,7 +34,7 @@ def checkins_per_second_grpc(profile: Profile) -> Claim:
     load = LoadConfig(
         duration_s=profile.pick(10.0, 60.0), rate_per_s=TARGET_PER_S, processes=2, batch=1000
     )
-    with tempfile.TemporaryDirectory() as folder, deployment(Path(folder), gateways=1) as running:
+    with scratch.folder("venn") as folder, deployment(folder, gateways=1) as running:
         before_s = _cpu_s(running)
         report = run_load(running.scheduler_address, running.gateway_addresses, load)
         cpu_s = _cpu_s(running) - before_s
@@ -69,8 +68,8 @@ def unary_checkins_per_cpu_second(profile: Profile) -> Claim:
             duration_s=profile.pick(3.0, 15.0), processes=1, batch=batch, in_flight=16, jobs=4
         )
         with (
-            tempfile.TemporaryDirectory() as folder,
-            deployment(Path(folder), gateways=1, standby=False) as running,
+            scratch.folder("venn") as folder,
+            deployment(folder, gateways=1, standby=False) as running,
         ):
             before_s = _cpu_s(running)
             report = run_load(running.scheduler_address, running.gateway_addresses, load)
@@ -97,8 +96,8 @@ def live_vs_simulated(profile: Profile) -> Claim:
     policy = IRS(IRSConfig(demand_scope="total", yield_factor=2.0))
     expected = simulate(trace, workload.jobs, policy, workload.config())
     with (
-        tempfile.TemporaryDirectory() as folder,
-        deployment(Path(folder), gateways=1, standby=False, service=COMPRESSED) as running,
+        scratch.folder("venn") as folder,
+        deployment(folder, gateways=1, standby=False, service=COMPRESSED) as running,
     ):
         address = running.gateway_addresses[0]
         twin = Twin(
@@ -127,7 +126,7 @@ def live_vs_simulated(profile: Profile) -> Claim:
 def recovery_after_kill_s(profile: Profile) -> Claim:
     """SIGKILL of gateways, the leader, or both under load, with 1,000 jobs."""
     config = ChaosConfig(kills=profile.pick(3, 100))
-    with tempfile.TemporaryDirectory() as folder, deployment(Path(folder), gateways=2) as running:
+    with scratch.folder("venn") as folder, deployment(folder, gateways=2) as running:
         report = asyncio.run(Chaos(running, config).run())
     return Claim(
         name="recovery_after_kill_s",

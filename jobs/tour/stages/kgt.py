@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from pathlib import Path
 
 import torch
 
 from jobs.tour.stage import Row, Stage, StageContext, StageResult
 from jobs.train.figures import plasticity_figure
+from raysys import scratch
 from raysys.report import Plot
 from raysys.training.datasets import digits, mnist1d
 from raysys.training.kgt import CacheConfig, EventLog, KGTConfig, LinearSchedule
@@ -30,8 +30,8 @@ _KGT = KGTConfig(
 
 def run(context: StageContext) -> StageResult:
     """Train three ways side by side, one epoch of each in turn."""
-    with tempfile.TemporaryDirectory(prefix="raysys-kgt-") as folder:
-        return _side_by_side(context, Path(folder))
+    with scratch.folder("kgt") as folder:
+        return _side_by_side(context, folder)
 
 
 def _side_by_side(context: StageContext, folder: Path) -> StageResult:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from actors.andes.contest import (
 from actors.serving.client import BurstReport, ChatClient, Stream, summarize_burst
 from actors.serving.endpoint import Endpoint, free_port
 from jobs.tour.stage import Row, Stage, StageContext, StageResult
+from raysys import scratch
 from raysys.report import Plot, new_figure, series_color
 
 SMOKE = ContestConfig(chats=6, tokens=24, kv_tokens=256, spread_s=0.5)
@@ -43,8 +42,8 @@ def run(context: StageContext) -> StageResult:
         advance(f"burst, {policy}")
 
     streams: dict[str, list[Stream]] = {}
-    with tempfile.TemporaryDirectory(prefix="raysys-andes-") as folder:
-        status_file = str(Path(folder) / "status.json")
+    with scratch.folder("andes") as folder:
+        status_file = str(folder / "status.json")
         config = contest_endpoint(contest, free_port(), status_file)
         with Endpoint.start(config, report=lambda text: advance(text, 0)):
             advance("warming up", 2)

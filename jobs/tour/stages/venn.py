@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from actors.venn.load import LoadConfig, LoadReport, run_load
 from actors.venn.processes import deployment
 from jobs.tour.stage import Row, Stage, StageContext, StageResult
 from jobs.venn.plots import DAY_S, completion_plot, demand_plot, wait_plot
-from raysys import machine
+from raysys import machine, scratch
 from raysys.federated.venn import baselines
 from raysys.federated.venn.irs import IRS, IRSConfig
 from raysys.federated.venn.requests import Policy
@@ -62,8 +59,8 @@ def run(context: StageContext) -> StageResult:
         seed=context.seed,
     )
     with (
-        tempfile.TemporaryDirectory() as folder,
-        deployment(Path(folder), gateways=1, standby=False) as running,
+        scratch.folder("venn") as folder,
+        deployment(folder, gateways=1, standby=False) as running,
     ):
         live = run_load(running.scheduler_address, running.gateway_addresses, load)
     context.progress(steps, steps, "done")
