@@ -7,7 +7,8 @@ Variables that raysys understands:
 ``RAYSYS_TEMP``      folder for a private Ray's session files (default: Ray's own) and for our own
                      temporary folders (default: the system's; see :mod:`raysys.scratch`)
 
-Of Ray's own variables it reads ``RAY_ADDRESS``, ``RAY_AUTH_TOKEN`` and ``RAY_AUTH_TOKEN_PATH``.
+Of Ray's own variables it reads ``RAY_ADDRESS``, ``RAY_TMPDIR``, ``RAY_AUTH_TOKEN`` and
+``RAY_AUTH_TOKEN_PATH``.
 """
 
 from __future__ import annotations
@@ -45,6 +46,12 @@ def temp_dir() -> Path | None:
     """Parent folder for session files of Ray and temporary folders; None: the system's default."""
     given = os.environ.get("RAYSYS_TEMP")
     return Path(given) if given else None
+
+
+def ray_temp_dir() -> Path:
+    """Where Ray keeps its session files unless it is told otherwise."""
+    parent = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    return Path(parent) / "ray"
 
 
 def cluster_address() -> str | None:

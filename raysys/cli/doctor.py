@@ -26,7 +26,8 @@ from raysys.ops.native import BASE_FLAGS, ISA_FLAGS, find_compiler, runnable_isa
 
 State = Literal["ok", "missing", "warning"]
 IMPORT_TIMEOUT_S = 120
-MIN_FREE_GIB = 5
+MIN_FREE_GIB = 5  # about what `make setup` installs
+MIN_FREE_SHARE = 0.05  # Ray warns where less is left, and spills no more
 MIN_MEMORY_GIB = 6
 
 
@@ -151,26 +152,48 @@ def instruction_set() -> Finding:
 
 
 def disk() -> Finding:
-    """The temporary folder, where Ray spills, has room."""
-    folder = machine.temp_dir() or Path(tempfile.gettempdir())
-    try:
-        free_gib = shutil.disk_usage(folder).free / 2**30
-    except OSError as error:
-        return Finding(
-            name="free disk",
-            state="missing",
-            detail=f"{folder}: {error.strerror}",
-            needed_for="Ray's session files, models",
-            remedy="Set RAYSYS_TEMP to a folder that is there",
-        )
-    enough = free_gib >= MIN_FREE_GIB
+    """The file systems of the folders that raysys writes to have room."""
+    needed_for = "Ray's session files and spilled objects, models, runs"
+    given = machine.temp_dir()
+    free: dict[tuple[int, int], list[str]] = {}
+    for name, folder in written_folders().items():
+        places = [path for path in (folder, *folder.parents) if path.exists() or folder == given]
+        try:
+            place = places[0]
+            usage = shutil.disk_usage(place)
+        except OSError as error:
+            return Finding(
+                name="free disk",
+                state="missing",
+                detail=f"{folder}: {error.strerror}",
+                needed_for=needed_for,
+                remedy=_MOVE,
+            )
+        free.setdefault((usage.free, usage.total), []).append(f"{name} {folder}")
+    short = any(
+        left < MIN_FREE_GIB * 2**30 or left < MIN_FREE_SHARE * total for left, total in free
+    )
     return Finding(
         name="free disk",
-        state="ok" if enough else "warning",
-        detail=f"{free_gib:.1f} GiB free in {folder}",
-        needed_for="Ray's session files, models",
-        remedy="" if enough else f"Free {MIN_FREE_GIB} GiB or set RAYSYS_TEMP",
+        state="warning" if short else "ok",
+        detail="; ".join(
+            f"{left / 2**30:.1f} GiB of {total / 2**30:.0f} free for {', '.join(names)}"
+            for (left, total), names in free.items()
+        ),
+        needed_for=needed_for,
+        remedy=f"Keep {MIN_FREE_GIB} GiB and {MIN_FREE_SHARE:.0%} free. {_MOVE}" if short else "",
     )
+
+
+def written_folders() -> dict[str, Path]:
+    """What raysys writes to, by name; a folder need not exist yet."""
+    given = machine.temp_dir()
+    return {
+        "runs": Path("runs").absolute(),
+        "cache": machine.cache_dir().absolute(),
+        "temporary folders": (given or Path(tempfile.gettempdir())).absolute(),
+        "Ray's files": (given or machine.ray_temp_dir()).absolute(),
+    }
 
 
 def cache_folder() -> Finding:
@@ -296,6 +319,7 @@ def outside() -> Finding:
     )
 
 
+_MOVE = "Remove old runs and Ray sessions, or point RAYSYS_TEMP and RAYSYS_HOME elsewhere"
 _PROBE = """#include <vector>
 extern "C" int probe(int n) { return static_cast<int>(std::vector<int>(n).size()); }
 """

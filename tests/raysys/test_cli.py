@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -91,6 +92,34 @@ def test_doctor_is_truthful_about_what_is_missing(
     ]
     assert "no_such_module" in findings[4].detail
     assert all(finding.remedy for finding in findings if finding.state != "ok")
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "total_gib", "state"),
+    [(5, 50, "ok"), (4.9, 50, "warning"), (50, 1001, "warning"), (51, 1000, "ok")],
+)
+def test_doctor_tells_of_every_folder_that_is_short_of_room(
+    free_gib: float, total_gib: float, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, temp = tmp_path / "home", tmp_path / "temp"
+    temp.mkdir()
+    monkeypatch.setenv("RAYSYS_HOME", str(home))
+    monkeypatch.setenv("RAYSYS_TEMP", str(temp))
+
+    def usage(path: Path) -> SimpleNamespace:
+        assert path.exists()
+        few = path == temp
+        free, total = (free_gib, total_gib) if few else (600, 1000)
+        return SimpleNamespace(free=free * 2**30, total=total * 2**30)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    finding = doctor.disk()
+    assert finding.state == state
+    assert bool(finding.remedy) == (state != "ok")
+    assert f"{free_gib:.1f} GiB of {total_gib} free for temporary folders {temp}" in finding.detail
+    assert f"600.0 GiB of 1000 free for runs {Path('runs').absolute()}, cache {home}" in (
+        finding.detail
+    )
 
 
 @pytest.mark.parametrize(
