@@ -63,15 +63,13 @@ inline void find_distinct(const Store& s, Batch& b, Scratch& scratch, const i64*
   }
 }
 
-// Find the entries of rows[0 .. n). A block of rows takes each step of the search together, so that
-// the memory of one row loads while others wait; the first line of the weights of every row is on its
-// way when this returns.
+// Find the entries of rows[0 .. n). Rows follow one another in three steps, so that the memory of one loads
+// while others take theirs. Weights are asked for by those who read them: earlier was slower.
 inline void resolve_rows(Store& s, Row* rows, size_t n) {
   if (s.c.layout == kDense) {
     for (size_t i = 0; i < n; ++i) {
       if (i + 24 < n) __builtin_prefetch(&s.dense_entries[rows[i + 24].v]);
       s.resolve(rows[i]);
-      __builtin_prefetch(rows[i].w);
     }
     return;
   }
@@ -82,7 +80,6 @@ inline void resolve_rows(Store& s, Row* rows, size_t n) {
     if (i >= 2 * kAhead) {
       Row& r = rows[i - 2 * kAhead];
       s.take(r, directory.settle(homes[i % (2 * kAhead)], r.v, r.table));
-      __builtin_prefetch(r.w);
     }
     if (i >= kAhead && i < n + kAhead) directory.look(homes[(i - kAhead) % (2 * kAhead)], rows[i - kAhead].v);
     if (i < n) {
