@@ -162,8 +162,10 @@ template <int L, int C> inline bool apply_four(Store& s, Row& r, const float* g,
 }
 inline bool all_four(const Store& s) {
   for (const TableConfig& t : s.tables) if (t.chunks != 4) return false;
-  return s.c.layout != kChunked && s.c.optimizer <= kRowwiseAdagrad && s.c.utility <= kGrad && !s.c.half &&
-         !(s.c.weight_decay > 0) && !(s.c.clip > 0);
+  return s.c.layout != kChunked && !(s.c.weight_decay > 0) && !(s.c.clip > 0);
+}
+inline bool all_plain(const Store& s) {
+  return all_four(s) && s.c.optimizer <= kRowwiseAdagrad && s.c.utility <= kGrad && !s.c.half;
 }
 
 // One optimizer step of one row with summed gradient g. `missing` (or null) holds the gradient norms
@@ -231,9 +233,9 @@ inline void sum_values(const Batch& b, const Row& r, const float* grad, i64 stri
   }
 }
 
-// update_rows in the case of fiited_plain.h, without weights of values. A row's memory is asked for kAhead
-// rows before its turn.
-template <int L, int C> inline i64 update_four(Store& s, Batch& b, const float* grad, i64 stride, float lr, float unit) {
+// update_rows for rows of four chunks of C floats, one piece each, without weights of values; `plain`: the case
+// of fiited_plain.h. A row's memory is asked for kAhead rows before its turn.
+template <int L, int C, bool plain> inline i64 update_four(Store& s, Batch& b, const float* grad, i64 stride, float lr, float unit) {
   constexpr u32 kAhead = 16;
   constexpr int parts = 4 * C / Chunk<C>::step;
   using K = Chunk<C>;
@@ -244,6 +246,7 @@ template <int L, int C> inline i64 update_four(Store& s, Batch& b, const float* 
   const u32* const order = b.order.data();
   const u32* const bag = b.bag.data();
   const i64* const columns = b.column.data();
+  const int chunk_bytes = plain ? C * 4 : s.chunk_bytes;
   for (u32 i = 0; i < n; ++i) {
     if (i + kAhead < n) {
       const Row& ahead = rows[i + kAhead];
@@ -255,13 +258,13 @@ template <int L, int C> inline i64 update_four(Store& s, Batch& b, const float* 
       if (ahead.e) {
         __builtin_prefetch(ahead.e);
         __builtin_prefetch(ahead.u);
-        for (int byte = 0; byte < popcount(ahead.alive) * C * 4; byte += 64) __builtin_prefetch(ahead.w + byte);
+        for (int byte = 0; byte < popcount(ahead.alive) * chunk_bytes; byte += 64) __builtin_prefetch(ahead.w + byte);
       } else if (s.sketch) s.sketch->prefetch(ahead.v);
     }
     Row& r = b.rows[i];
     const float* const column = grad + columns[r.table];
     const u32* const value = order + r.start;
-    const float* g = column + i64(bag[value[0]]) * stride;
+    float* g = const_cast<float*>(column + i64(bag[value[0]]) * stride);   // not written to: nothing here clips or decays
     if (r.count > 1) {
       typename K::V part[parts];
       for (int q = 0; q < parts; ++q) part[q] = K::at(g, q);
@@ -276,7 +279,7 @@ template <int L, int C> inline i64 update_four(Store& s, Batch& b, const float* 
       for (int q = 0; q < parts; ++q) K::at(sum, q) = part[q];
       g = sum;
     }
-    rejected += !apply_four<L, C>(s, r, g, lr, unit);
+    rejected += plain ? !apply_four<L, C>(s, r, g, lr, unit) : !apply_row<L>(s, r, g, nullptr, lr, unit);
   }
   return rejected;
 }
@@ -286,9 +289,12 @@ template <int L> inline i64 update_rows(Store& s, Batch& b, const float* grad, i
   alignas(64) float sum[4096];
   i64 rejected = 0;
   const size_t n = b.rows.size();
-  const bool four = all_four(s);
-  if (four && b.scale.empty() && s.c.chunk == 16) return update_four<L, 16>(s, b, grad, stride, lr, unit);
-  if (four && b.scale.empty() && s.c.chunk == L) return update_four<L, L>(s, b, grad, stride, lr, unit);
+  const bool plain = all_plain(s);
+  if (b.scale.empty() && all_four(s)) {
+    auto update = [&](auto rows_of) { return rows_of(s, b, grad, stride, lr, unit); };
+    if (s.c.chunk == 16) return update(plain ? update_four<L, 16, true> : update_four<L, 16, false>);
+    if (s.c.chunk == L) return update(plain ? update_four<L, L, true> : update_four<L, L, false>);
+  }
   const bool copy = s.c.clip > 0 || s.c.weight_decay > 0;   // then apply_row writes into the gradient
   auto at = [&](u32 value) { return grad + i64(b.bag[value]) * stride; };
   for (size_t i = 0; i < n; ++i) {
@@ -318,8 +324,8 @@ template <int L> inline i64 update_rows(Store& s, Batch& b, const float* grad, i
       if (p == r.start) for (int d = 0; d < D; d += L) *reinterpret_cast<V*>(sum + d) = *reinterpret_cast<const V*>(one + d) * weight;
       else for (int d = 0; d < D; d += L) *reinterpret_cast<V*>(sum + d) += *reinterpret_cast<const V*>(one + d) * weight;
     }
-    if (four && s.c.chunk == 16) rejected += !apply_four<L, 16>(s, r, g, lr, unit);
-    else if (four && s.c.chunk == L) rejected += !apply_four<L, L>(s, r, g, lr, unit);
+    if (plain && s.c.chunk == 16) rejected += !apply_four<L, 16>(s, r, g, lr, unit);
+    else if (plain && s.c.chunk == L) rejected += !apply_four<L, L>(s, r, g, lr, unit);
     else rejected += !apply_row<L>(s, r, g, nullptr, lr, unit);
   }
   return rejected;
