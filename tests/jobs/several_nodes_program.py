@@ -88,18 +88,21 @@ def lose(cluster: Cluster, victim: Any, limit_s: float = 120.0) -> None:
         time.sleep(0.5)
 
 
-def wait_for_others(gone: str, limit_s: float = 90.0) -> list[str]:
+def wait_for_others(gone: str, limit_s: float = 300.0) -> list[str]:
     """Nodes of the workers once both live in Ray's records, none of them on a lost node.
 
     A replacement that still starts is not alive in the records, although its rounds may be over.
+
+    Raises:
+        TimeoutError: they do not; it tells Ray's records of all actors.
     """
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         nodes = worker_nodes()
         if len(nodes) >= WORKERS and gone not in nodes:
-            break
+            return nodes
         time.sleep(0.5)
-    return nodes
+    raise TimeoutError(f"{gone} lost; {list(ray._private.state.actors().values())}")
 
 
 def main() -> None:
