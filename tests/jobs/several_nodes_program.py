@@ -88,10 +88,11 @@ def lose(cluster: Cluster, victim: Any, limit_s: float = 120.0) -> None:
         time.sleep(0.5)
 
 
-def wait_for_others(gone: str, limit_s: float = 300.0) -> list[str]:
+def wait_for_workers(gone: str = "none", limit_s: float = 300.0) -> list[str]:
     """Nodes of the workers once both live in Ray's records, none of them on a lost node.
 
-    A replacement that still starts is not alive in the records, although its rounds may be over.
+    A worker that still starts is not alive in the records, although all rounds may be over: the
+    other one did them.
 
     Raises:
         TimeoutError: they do not; it tells Ray's records of all actors.
@@ -102,7 +103,7 @@ def wait_for_others(gone: str, limit_s: float = 300.0) -> list[str]:
         if len(nodes) >= WORKERS and gone not in nodes:
             return nodes
         time.sleep(0.5)
-    raise TimeoutError(f"{gone} lost; {list(ray._private.state.actors().values())}")
+    raise TimeoutError(f"lost: {gone}; {list(ray._private.state.actors().values())}")
 
 
 def main() -> None:
@@ -118,14 +119,14 @@ def main() -> None:
     undisturbed, _ = train(f"{sys.argv[1]}/calm", lambda number: None)
 
     def lose_a_node() -> None:
-        seen["before"] = worker_nodes()
+        seen["before"] = wait_for_workers()
         victim = next(node for node in nodes if node.node_id == seen["before"][0])
         lose(cluster, victim)
 
     def note(number: int) -> None:
         rounds.append(number)
         if number == ROUNDS - 1:
-            seen["after"] = wait_for_others(seen["before"][0])
+            seen["after"] = wait_for_workers(seen["before"][0])
 
     disturbed, replaced = train(f"{sys.argv[1]}/lost", note, lose_a_node)
     digests = {"undisturbed": undisturbed, "disturbed": disturbed}
