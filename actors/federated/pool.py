@@ -1,7 +1,9 @@
 """A pool of worker actors behind one queue: two calls in flight each, dead workers replaced.
 
 With a single queue nobody's backlog needs stealing: whoever is free takes the next call. Results
-are at most twice the number of workers ahead of whoever consumes them.
+are at most twice the number of workers ahead of whoever consumes them. Of workers with equally few
+calls the one that has waited longest is next, so that even one call at a time reaches all of them,
+and a dead one is noticed.
 """
 
 from __future__ import annotations
@@ -61,6 +63,8 @@ class WorkerPool:
         self._make = make_worker
         self._handles: list[Any] = [make_worker() for _ in range(workers)]
         self._load = [0] * workers
+        self._last = [0] * workers  # number of the call that each was given last
+        self._given = 0
         self._flying: dict[Any, tuple[int, Call]] = {}
         self._rest: dict[Any, Any] = {}
         self._max_replacements = max_replacements
@@ -89,6 +93,9 @@ class WorkerPool:
                 result = ray.get(ready[0])
             except LOST as error:
                 self._recover(worker, call, queue, error)
+            except BaseException:
+                self._load[worker] -= 1
+                raise
             else:
                 self._load[worker] -= 1
                 self._fill(queue)
@@ -109,7 +116,7 @@ class WorkerPool:
 
     def _fill(self, queue: collections.deque[Call]) -> None:
         while queue:
-            worker = min(range(self.size), key=self._load.__getitem__)
+            worker = min(range(self.size), key=lambda w: (self._load[w], self._last[w]))
             if self._load[worker] >= IN_FLIGHT_PER_WORKER:
                 return
             call = queue.popleft()
@@ -121,6 +128,8 @@ class WorkerPool:
                 ref = method.remote(*call.arguments)
             self._flying[ref] = (worker, call)
             self._load[worker] += 1
+            self._given += 1
+            self._last[worker] = self._given
 
     def _recover(
         self, worker: int, call: Call, queue: collections.deque[Call], error: Exception

@@ -169,7 +169,7 @@ def test_pool_passes_errors_on_and_gives_up_on_workers_that_keep_dying(
                 os._exit(1)
             if what == "raise":
                 raise ConfigError("what", what, "something else")
-            return what
+            return str(os.getpid()) if what == "pid" else what
 
     remote = ray.remote(Fragile).options(num_cpus=0)
     pool = WorkerPool(remote.remote, 2, max_replacements=1)
@@ -177,6 +177,8 @@ def test_pool_passes_errors_on_and_gives_up_on_workers_that_keep_dying(
     assert sorted(pool.run(calls)) == [(n, f"w{n}") for n in range(9)]
     with pytest.raises(ConfigError, match="something else"):
         list(pool.run([Call(0, "work", ("raise",))]))
+    one_by_one = [next(pool.run([Call(0, "work", ("pid",))]))[1] for _ in range(4)]
+    assert one_by_one[:2] == one_by_one[2:] and len(set(one_by_one)) == 2
     with pytest.raises(RemoteError, match="workers died"):
         list(pool.run([Call(0, "work", ("die",))]))
     assert pool.replaced == 1

@@ -36,5 +36,5 @@ def test_a_lost_node_changes_nothing(tmp_path: Path, isolated_environment: dict[
     assert len(set(seen["before"])) == 2, "the two workers shared a node"
     assert seen["before"][0] not in seen["after"]
     assert sorted(set(seen["rounds"])) == list(range(300))
-    # Not how many were replaced: a dead worker is noticed by its next call, and may get none.
+    assert seen["replaced"] >= 1
     assert seen["disturbed"] == seen["undisturbed"], f"{seen['replaced']} replaced"
