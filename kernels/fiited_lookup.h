@@ -7,39 +7,87 @@ namespace fiited {
 
 struct Batch {   // one lookup and, later, its update
   std::vector<Row> rows;
-  std::vector<u32> inverse, bag, order;
+  std::vector<u32> inverse;          // row of each value
+  std::vector<u32> bag;              // per value; empty: its position in its table, and no value has a weight
+  std::vector<u32> order;            // values by row, in order of appearance; their bags where no value has a weight
   std::vector<float> scale;          // per value; empty means 1
   std::vector<u32> table_start;      // first value of each table
   std::vector<i64> column;
   u64 version = 0;
   bool train = false, used = false;
+  u32 bag_of(u32 value, u32 begin) const { return bag.empty() ? value - begin : bag[value]; }
 };
 
-struct Scratch {   // open-addressing table for the distinct rows of one table of a batch
-  struct Cell { u64 key; u32 stamp, index; };
-  std::vector<Cell> cells;
-  u32 stamp = 0;
+// Open-addressing table for the distinct rows of one table of a batch. A cell holds `base` plus the number of a
+// row; what earlier tables left is below `base` of the next. Small on purpose: it lives in the first cache.
+struct Scratch {
+  std::vector<u32> cells, counts;
+  std::vector<u64> keys;
+  u32 base = 1;
   size_t mask = 0;
   void reserve(size_t n) {
     size_t size = 64;
     while (size < 2 * n) size *= 2;
-    if (size > cells.size()) { cells.assign(size, Cell{}); stamp = 0; }
-    if (++stamp == 0) { std::fill(cells.begin(), cells.end(), Cell{}); stamp = 1; }
+    if (size > cells.size() || base > ~u32(0) - u32(n)) { cells.assign(std::max(size, cells.size()), 0); base = 1; }
+    if (n > keys.size()) { keys.resize(n); counts.resize(n); }
     mask = size - 1;
   }
-  i64 bytes() const { return i64(cells.size() * sizeof(Cell)); }
+  i64 bytes() const { return i64(4 * (cells.size() + counts.size()) + 8 * keys.size()); }
 };
 
-inline void find_distinct(const Store& s, Batch& b, Scratch& scratch, const i64* ids, int t) {
-  const u32 begin = b.table_start[t], end = b.table_start[t + 1];
+// Finds the entries of rows that arrive one after the other, in three steps, so that the memory of one loads
+// while others take theirs. Weights are asked for by those who read them: earlier was slower.
+class Resolver {
+ public:
+  static constexpr size_t kBlock = 32;
+  Resolver(Store& s, Row* rows) : s_(s), rows_(rows) {}
+  void advance(size_t n) {   // at most kBlock rows more than at the call before
+    if (s_.c.layout == kDense) {
+      for (; settled_ < homed_; ++settled_) s_.resolve(rows_[settled_]);
+      for (; homed_ < n; ++homed_) __builtin_prefetch(&s_.dense_entries[rows_[homed_].v]);
+      return;
+    }
+    const Directory& directory = *s_.directory;
+    for (; settled_ < looked_; ++settled_) {
+      Row& r = rows_[settled_];
+      s_.take(r, directory.settle(homes_[settled_ % kRing], r.v, r.table));
+    }
+    for (; looked_ < homed_; ++looked_) directory.look(homes_[looked_ % kRing], rows_[looked_].v);
+    for (; homed_ < n; ++homed_) {
+      Home& home = homes_[homed_ % kRing];
+      home = directory.home_of(rows_[homed_].v);
+      __builtin_prefetch(home.tags);
+    }
+  }
+  void finish(size_t n) { while (settled_ < n) advance(n); }
+
+ private:
+  static constexpr size_t kRing = 4 * kBlock;
+  Store& s_;
+  Row* const rows_;
+  size_t homed_ = 0, looked_ = 0, settled_ = 0;
+  Home homes_[kRing];
+};
+inline void resolve_all(Store& s, std::vector<Row>& rows) {
+  Resolver resolver(s, rows.data());
+  for (size_t i = 16; i < rows.size(); i += 16) resolver.advance(i);
+  resolver.finish(rows.size());
+}
+
+// Tells the distinct rows of a table apart and finds their entries. b.rows has room for all of them.
+inline void find_distinct(Store& s, Batch& b, Scratch& scratch, const i64* ids, int t) {
+  const u32 begin = b.table_start[t], end = b.table_start[t + 1], first = u32(b.rows.size());
   const TableConfig& table = s.tables[t];
   const bool dense = s.c.layout == kDense;
   scratch.reserve(end - begin);
-  Scratch::Cell* const cells = scratch.cells.data();
+  u32 *const cells = scratch.cells.data(), *const counts = scratch.counts.data();
+  u64* const known = scratch.keys.data();
   const size_t mask = scratch.mask;
-  const u32 stamp = scratch.stamp;
-  constexpr u32 kBlock = 32;   // cells of a block are on their way while those of the one before are read
+  const u32 base = scratch.base;
+  constexpr u32 kBlock = Resolver::kBlock;   // cells of a block are on their way while those of the one before are read
+  Resolver resolver(s, b.rows.data() + first);
   u64 keys[2 * kBlock];
+  u32 n = 0;
   auto home = [&](u64 v) { return (dense ? v * kMixer >> 40 : v >> 20) & mask; };
   for (u32 low = begin; low < end + kBlock; low += kBlock) {
     for (u32 i = low; i < std::min(low + kBlock, end); ++i) {
@@ -51,45 +99,42 @@ inline void find_distinct(const Store& s, Batch& b, Scratch& scratch, const i64*
     for (u32 i = low - kBlock; i < std::min(low, end); ++i) {
       const u64 v = keys[(i - begin) % (2 * kBlock)];
       size_t at = home(v);
-      while (cells[at].stamp == stamp && cells[at].key != v) at = (at + 1) & mask;
-      Scratch::Cell& cell = cells[at];
-      if (cell.stamp != stamp) {
-        cell = {v, stamp, u32(b.rows.size())};
+      while (cells[at] - base < n && known[cells[at] - base] != v) at = (at + 1) & mask;
+      const u32 row = std::min(cells[at] - base, n);
+      if (row == n) {
+        cells[at] = base + n;
+        known[n] = v;
+        counts[n++] = 0;
         b.rows.push_back(Row{v, nullptr, nullptr, nullptr, nullptr, 0, 0, u16(t), 0});
       }
-      b.inverse[i] = cell.index;
-      ++b.rows[cell.index].count;
+      b.inverse[i] = first + row;
+      ++counts[row];
     }
+    resolver.advance(n);
   }
+  resolver.finish(n);
+  scratch.base += n;
 }
 
-// Find the entries of rows[0 .. n). Rows follow one another in three steps, so that the memory of one loads
-// while others take theirs. Weights are asked for by those who read them: earlier was slower.
-inline void resolve_rows(Store& s, Row* rows, size_t n) {
-  if (s.c.layout == kDense) {
-    for (size_t i = 0; i < n; ++i) {
-      if (i + 24 < n) __builtin_prefetch(&s.dense_entries[rows[i + 24].v]);
-      s.resolve(rows[i]);
-    }
-    return;
+// For an update: how often each row of a table came, its values in order, and what the statistics need.
+inline void arrange(Store& s, Batch& b, Scratch& scratch, int t, u32 first) {
+  const u32 begin = b.table_start[t], end = b.table_start[t + 1];
+  u32* const next = scratch.counts.data();
+  u32 at = begin;
+  i64 hits = 0;
+  for (u32 row = first; row < b.rows.size(); ++row) {
+    Row& r = b.rows[row];
+    r.count = next[row - first];
+    r.start = next[row - first] = at;
+    at += r.count;
+    if (r.e) hits += r.count;
+    else if (s.c.layout != kDense) s.saw_row(r.v, r.table);
   }
-  constexpr size_t kAhead = 16;
-  Home homes[2 * kAhead];
-  const Directory& directory = *s.directory;
-  for (size_t i = 0; i < n + 2 * kAhead; ++i) {
-    if (i >= 2 * kAhead) {
-      Row& r = rows[i - 2 * kAhead];
-      s.take(r, directory.settle(homes[i % (2 * kAhead)], r.v, r.table));
-    }
-    if (i >= kAhead && i < n + kAhead) directory.look(homes[(i - kAhead) % (2 * kAhead)], rows[i - kAhead].v);
-    if (i < n) {
-      Home& home = homes[i % (2 * kAhead)];
-      home = directory.home_of(rows[i].v);
-      __builtin_prefetch(home.tags);
-    }
-  }
+  s.n.lookups += end - begin;
+  s.n.hits += hits;
+  const bool weighted = !b.scale.empty();
+  for (u32 i = begin; i < end; ++i) b.order[next[b.inverse[i] - first]++] = weighted ? i : b.bag_of(i, begin);
 }
-inline void resolve_all(Store& s, std::vector<Row>& rows) { resolve_rows(s, rows.data(), rows.size()); }
 
 FIITED_INLINE void prefetch_floats(const float* at, int floats) {
   for (int i = 0; i < floats; i += 16) __builtin_prefetch(at + i);
@@ -159,17 +204,30 @@ inline void add_row(const Store& s, const Row& r, float* out, float scale, float
   });
 }
 
+// Whether every row of a table's part of the output begins where whole vectors do, and the output is too large to
+// stay in the cache until someone reads it: then it goes past the cache, and what the update needs remains there.
+inline bool streams(const float* column, i64 bags, i64 stride) {
+  return bags * stride * 4 >= kStreamFrom && (reinterpret_cast<size_t>(column) | size_t(stride * 4)) % sizeof(Wide) == 0;
+}
+
 // out[bag][column[t] ...] of table t; offsets (absolute, [tables][bags + 1]) may be null.
 inline void gather(const Store& s, const Batch& b, int t, const i64* offsets, i64 bags, float* out,
                    i64 stride, float mask_below) {
   const int k = s.tables[t].chunks, D = k * s.c.chunk;
   const u32 begin = b.table_start[t], end = b.table_start[t + 1];
   float* column = out + b.column[t];
-  const bool plain = !offsets && b.scale.empty() && mask_below <= 0 && s.c.layout != kChunked && !s.c.half;
-  auto plainly = [&](auto gather) { gather(b.rows.data(), b.inverse.data() + begin, end - begin, k, column, stride); };
-  if (plain && s.c.chunk == 4) return plainly(gather_plain<4>);
-  if (plain && s.c.chunk == 8) return plainly(gather_plain<8>);
-  if (plain && s.c.chunk == 16) return plainly(gather_plain<16>);
+  if (!offsets && b.scale.empty() && mask_below <= 0 && s.c.layout != kChunked) {
+    const bool stream = streams(column, bags, stride);
+    auto plainly = [&](auto gather) { gather(b.rows.data(), b.inverse.data() + begin, end - begin, k, column, stride); return true; };
+    auto of_width = [&](auto width) {
+      constexpr int C = decltype(width)::value;
+      if (s.c.half) return plainly(stream ? gather_plain<C, true, true> : gather_plain<C, true, false>);
+      return plainly(stream ? gather_plain<C, false, true> : gather_plain<C, false, false>);
+    };
+    if (s.c.chunk == 4) return void(of_width(std::integral_constant<int, 4>()));
+    if (s.c.chunk == 8) return void(of_width(std::integral_constant<int, 8>()));
+    if (s.c.chunk == 16) return void(of_width(std::integral_constant<int, 16>()));
+  }
   if (!offsets && b.scale.empty()) {
     for (u32 i = begin; i < end; ++i) {
       if (i + 10 < end) prefetch_weights(s, b.rows[b.inverse[i + 10]], 1);
@@ -181,7 +239,7 @@ inline void gather(const Store& s, const Batch& b, int t, const i64* offsets, i6
   for (i64 bag = 0; bag < bags; ++bag) zero_floats(column + bag * stride, D);
   for (u32 i = begin; i < end; ++i) {
     if (i + 10 < end) prefetch_weights(s, b.rows[b.inverse[i + 10]], 1);
-    add_row(s, b.rows[b.inverse[i]], column + i64(b.bag[i]) * stride, b.scale.empty() ? 1.0f : b.scale[i], mask_below);
+    add_row(s, b.rows[b.inverse[i]], column + i64(b.bag_of(i, begin)) * stride, b.scale.empty() ? 1.0f : b.scale[i], mask_below);
   }
 }
 

@@ -5,6 +5,12 @@
 // general code, bit by bit.
 #pragma once
 
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+#include <type_traits>
+
 #include "fiited_core.h"
 
 namespace fiited {
@@ -14,27 +20,63 @@ template <int C> struct Chunk {
   using V = typename Lanes<step>::type;   // not std::conditional: its argument would lose the alignment of 4
   static const V& at(const float* from, int p) { return *reinterpret_cast<const V*>(from + p * step); }
   static V& at(float* to, int p) { return *reinterpret_cast<V*>(to + p * step); }
+  static V widen(const u16* from, int p) {
+#ifdef __AVX512F__
+    if constexpr (step == 16) return widen_16(from + p * step);
+#endif
+    if constexpr (step == 8) return widen_8(from + p * step);
+    else return widen_4(from + p * step);
+  }
 };
 
 alignas(64) inline const float kNothing[64] = {};
 
+constexpr i64 kStreamFrom = i64(4) << 20;   // bytes of an output
+
+// A store that does not bring the line into the cache first; `to` begins a whole vector.
+template <class V> inline void stream_to(float* to, const V& value) {
+#ifdef __SSE2__
+#ifdef __AVX512F__
+  if constexpr (sizeof(V) == 64) { _mm512_stream_ps(to, reinterpret_cast<__m512>(value)); return; }
+#endif
+#ifdef __AVX__
+  if constexpr (sizeof(V) == 32) { _mm256_stream_ps(to, reinterpret_cast<__m256>(value)); return; }
+#endif
+  if constexpr (sizeof(V) == 16) { _mm_stream_ps(to, reinterpret_cast<__m128>(value)); return; }
+#endif
+  *reinterpret_cast<V*>(to) = value;
+}
+inline void stream_end() {   // orders streamed stores before what follows
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
 // out[bag][column] of a table, one value per bag.
-template <int C> inline void gather_plain(const Row* rows, const u32* inverse, u32 n, int k, float* column, i64 stride) {
+template <int C, bool kHalf, bool kStream>
+inline void gather_plain(const Row* rows, const u32* inverse, u32 n, int k, float* column, i64 stride) {
   using K = Chunk<C>;
+  constexpr int kBytes = C * (kHalf ? 2 : 4);
   for (u32 i = 0; i < n; ++i) {
     if (i + 16 < n) {
       const Row& ahead = rows[inverse[i + 16]];
-      for (int j = 0; j < k; ++j) __builtin_prefetch(ahead.w + j * C * 4);
+      for (int byte = 0; byte < k * kBytes; byte += kBytes < 64 ? kBytes : 64) __builtin_prefetch(ahead.w + byte);
     }
     const Row& r = rows[inverse[i]];
-    const float* const w = reinterpret_cast<const float*>(r.w);
     float* const out = column + i64(i) * stride;
     const int len = popcount(r.alive);
     for (int j = 0; j < k; ++j) {
-      const float* const from = j < len ? w + j * C : kNothing;
-      for (int p = 0; p < K::parts; ++p) K::at(out + j * C, p) = K::at(from, p);
+      const u8* const from = j < len ? r.w + j * kBytes : reinterpret_cast<const u8*>(kNothing);
+      for (int p = 0; p < K::parts; ++p) {
+        typename K::V value;
+        if constexpr (kHalf) value = K::widen(reinterpret_cast<const u16*>(from), p);
+        else value = K::at(reinterpret_cast<const float*>(from), p);
+        if (kStream) stream_to(out + j * C + p * K::step, value);
+        else K::at(out + j * C, p) = value;
+      }
     }
   }
+  if (kStream) stream_end();
 }
 
 inline v4 roots(v4 x) {

@@ -210,7 +210,7 @@ template <int L> inline bool apply_row(Store& s, Row& r, float* g, const float* 
 inline void sum_values(const Batch& b, const Row& r, const float* grad, i64 stride, int D, float* sum) {
   const u32* order = b.order.data() + r.start;
   const float* column = grad + b.column[r.table];
-  auto at = [&](u32 p) { return column + i64(b.bag[order[p]]) * stride; };
+  auto at = [&](u32 p) { return column + i64(order[p]) * stride; };
   int d = 0;
   for (; d + 64 <= D; d += 64) {
     constexpr int parts = 64 / kWide;
@@ -243,8 +243,7 @@ template <int L, int C, bool plain> inline i64 update_four(Store& s, Batch& b, c
   i64 rejected = 0;
   const u32 n = u32(b.rows.size());
   const Row* const rows = b.rows.data();
-  const u32* const order = b.order.data();
-  const u32* const bag = b.bag.data();
+  const u32* const order = b.order.data();   // bags: no value has a weight
   const i64* const columns = b.column.data();
   const int chunk_bytes = plain ? C * 4 : s.chunk_bytes;
   for (u32 i = 0; i < n; ++i) {
@@ -252,7 +251,7 @@ template <int L, int C, bool plain> inline i64 update_four(Store& s, Batch& b, c
       const Row& ahead = rows[i + kAhead];
       const float* const column = grad + columns[ahead.table];
       for (u32 p = 0; p < ahead.count && p < 4; ++p) {
-        const float* const one = column + i64(bag[order[ahead.start + p]]) * stride;
+        const float* const one = column + i64(order[ahead.start + p]) * stride;
         for (int f = 0; f < 4 * C; f += 16) __builtin_prefetch(one + f);
       }
       if (ahead.e) {
@@ -264,16 +263,16 @@ template <int L, int C, bool plain> inline i64 update_four(Store& s, Batch& b, c
     Row& r = b.rows[i];
     const float* const column = grad + columns[r.table];
     const u32* const value = order + r.start;
-    float* g = const_cast<float*>(column + i64(bag[value[0]]) * stride);   // not written to: nothing here clips or decays
+    float* g = const_cast<float*>(column + i64(value[0]) * stride);   // not written to: nothing here clips or decays
     if (r.count > 1) {
       typename K::V part[parts];
       for (int q = 0; q < parts; ++q) part[q] = K::at(g, q);
       for (u32 p = 1; p < r.count; ++p) {
         if (p + 8 < r.count) {
-          const float* const one = column + i64(bag[value[p + 8]]) * stride;
+          const float* const one = column + i64(value[p + 8]) * stride;
           for (int f = 0; f < 4 * C; f += 16) __builtin_prefetch(one + f);
         }
-        const float* const one = column + i64(bag[value[p]]) * stride;
+        const float* const one = column + i64(value[p]) * stride;
         for (int q = 0; q < parts; ++q) part[q] = part[q] + K::at(one, q);
       }
       for (int q = 0; q < parts; ++q) K::at(sum, q) = part[q];
@@ -296,7 +295,7 @@ template <int L> inline i64 update_rows(Store& s, Batch& b, const float* grad, i
     if (s.c.chunk == L) return update(plain ? update_four<L, L, true> : update_four<L, L, false>);
   }
   const bool copy = s.c.clip > 0 || s.c.weight_decay > 0;   // then apply_row writes into the gradient
-  auto at = [&](u32 value) { return grad + i64(b.bag[value]) * stride; };
+  auto at = [&](u32 value) { return grad + i64(b.scale.empty() ? value : b.bag[value]) * stride; };   // of b.order
   for (size_t i = 0; i < n; ++i) {
     if (i + 48 < n) {   // the first line early: it warms the translation for the later ones
       const Row& ahead = b.rows[i + 48];
@@ -329,14 +328,6 @@ template <int L> inline i64 update_rows(Store& s, Batch& b, const float* grad, i
     else rejected += !apply_row<L>(s, r, g, nullptr, lr, unit);
   }
   return rejected;
-}
-
-// Order values by distinct row, keeping the order of appearance inside a row.
-inline void order_by_row(Batch& b) {
-  u32 at = 0;
-  for (Row& r : b.rows) { r.start = at; at += r.count; r.count = 0; }
-  b.order.resize(b.inverse.size());
-  for (u32 i = 0; i < b.inverse.size(); ++i) { Row& r = b.rows[b.inverse[i]]; b.order[r.start + r.count++] = i; }
 }
 
 }  // namespace fiited

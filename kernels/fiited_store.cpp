@@ -42,17 +42,9 @@ void admit_missing(Store& s, Batch& b) {   // admit_after = 0: a row exists from
   if (s.directory->version != before) resolve_all(s, b.rows);
 }
 
-void count_hits(Store& s, const Batch& b, size_t first) {
-  for (size_t i = first; i < b.rows.size(); ++i) {
-    const Row& r = b.rows[i];
-    s.n.lookups += r.count;
-    if (r.e) s.n.hits += r.count;
-    else if (s.c.layout != kDense) s.saw_row(r.v, r.table);
-  }
-}
-
 // Which bag each value of a table goes to, and its share of the bag under mode "mean".
 void place_in_bags(Batch& b, int t, const i64* starts, const i64* offsets, i64 bags, bool mean) {
+  if (b.bag.empty()) return;
   if (!offsets) { for (i64 i = starts[t]; i < starts[t + 1]; ++i) b.bag[i] = u32(i - starts[t]); return; }
   for (i64 bag = 0; bag < bags; ++bag) {
     const i64 low = offsets[t * (bags + 1) + bag], high = offsets[t * (bags + 1) + bag + 1];
@@ -64,9 +56,9 @@ void place_in_bags(Batch& b, int t, const i64* starts, const i64* offsets, i64 b
 }
 
 bool has_nonfinite(const Store& s, const Batch& b, const float* grad, i64 stride) {
-  for (size_t i = 0; i < b.bag.size(); ++i) {
+  for (u32 i = 0; i < b.inverse.size(); ++i) {
     const Row& r = b.rows[b.inverse[i]];
-    const float* g = grad + i64(b.bag[i]) * stride + b.column[r.table];
+    const float* g = grad + i64(b.bag_of(i, b.table_start[r.table])) * stride + b.column[r.table];
     for (int d = 0; d < s.tables[r.table].chunks * s.c.chunk; ++d) if (!(std::fabs(g[d]) < INFINITY)) return true;
   }
   return false;
@@ -187,7 +179,8 @@ i64 fiited_lookup(void* raw, void* batch, const i64* ids, const i64* starts, con
     b.rows.clear();
     b.rows.reserve(size_t(n));
     b.inverse.resize(size_t(n));
-    b.bag.resize(size_t(n));
+    b.order.resize(size_t(n));
+    b.bag.resize(offsets || weights ? size_t(n) : 0);
     b.scale.clear();
     b.table_start.assign(starts, starts + s.c.tables + 1);
     b.column.assign(columns, columns + s.c.tables);
@@ -197,10 +190,9 @@ i64 fiited_lookup(void* raw, void* batch, const i64* ids, const i64* starts, con
     const bool admitting = train && s.c.admit_after == 0 && s.c.layout != kDense;
     for (int t = 0; t < s.c.tables; ++t) {   // a table at a time: its rows stay in the cache
       place_in_bags(b, t, starts, offsets, bags, mean);
-      const size_t first = b.rows.size();
+      const u32 first = u32(b.rows.size());
       find_distinct(s, b, h.scratch, ids, t);
-      resolve_rows(s, b.rows.data() + first, b.rows.size() - first);
-      if (train) count_hits(s, b, first);
+      if (train) arrange(s, b, h.scratch, t, first);
       if (!admitting) gather(s, b, t, offsets, bags, out, stride, mask_below);
     }
     if (admitting) {   // new rows may move others: all are found before any is read
@@ -222,7 +214,6 @@ i64 fiited_update(void* raw, void* batch, const float* grad, i64 stride, float l
     if (raise_nonfinite && has_nonfinite(s, b, grad, stride)) return kNonFinite;
     b.used = true;
     if (s.directory && b.version != s.directory->version) resolve_all(s, b.rows);
-    order_by_row(b);
     return step_rows(s, b, grad, stride, lr, unit);
   });
 }

@@ -178,7 +178,8 @@ def test_pool_passes_errors_on_and_gives_up_on_workers_that_keep_dying(
     with pytest.raises(ConfigError, match="something else"):
         list(pool.run([Call(0, "work", ("raise",))]))
     one_by_one = [next(pool.run([Call(0, "work", ("pid",))]))[1] for _ in range(4)]
-    assert one_by_one[:2] == one_by_one[2:] and len(set(one_by_one)) == 2
+    assert one_by_one[:2] == one_by_one[2:]
+    assert len(set(one_by_one)) == 2
     with pytest.raises(RemoteError, match="workers died"):
         list(pool.run([Call(0, "work", ("die",))]))
     assert pool.replaced == 1

@@ -118,6 +118,27 @@ def test_rows_of_four_chunks_equal_reference(chunk: int, optimizer: str) -> None
         assert_equal(compiled, reference)
 
 
+@pytest.mark.parametrize("chunk", [4, 8, 16])
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_large_outputs_that_pass_the_cache_are_the_same(chunk: int, weights: str) -> None:
+    tables = tuple(replace(table, dim=4 * chunk) for table in TABLES)
+    for isa in runnable_isas():
+        store = build("native", isa=isa, chunk=chunk, weights=weights, interval=5, tables=tables)
+        train(store, 20)
+        bags = (5 << 20) // (4 * store.width)
+        rng = np.random.default_rng(0)
+        ids = [rng.integers(0, 400, bags) for _ in tables]
+        large, _ = store.lookup(ids)
+        assert large.nbytes >= 4 << 20
+        raw = np.full(large.size + 1, 7.0, np.float32)
+        shifted, _ = store.lookup(ids, out=raw[1:].reshape(large.shape))
+        assert np.array_equal(large, shifted)
+        for low in range(0, bags, 999):
+            some, _ = store.lookup([table[low : low + 999] for table in ids])
+            assert np.array_equal(large[low : low + 999], some)
+        assert np.count_nonzero(large)
+
+
 def test_bags_means_and_weights_equal_reference() -> None:
     stores = [build(engine, admit_after=0) for engine in ("native", "reference")]
     outputs = [train(store, 12, bags=True) for store in stores]

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from raysys.errors import ConfigError
+from raysys.training.fiited.batch_checks import split_offsets
 from raysys.training.fiited.config import FiitedConfig, TableSpec
 from raysys.training.fiited.store import FiitedStore
 
 MODES = ("sum", "mean")
+Ids = list[npt.NDArray[Any]] | npt.NDArray[Any]  # per table, or all tables' one after the other
 
 
 class FiitedEmbeddingBag(nn.Module):
@@ -37,8 +39,9 @@ class FiitedEmbeddingBag(nn.Module):
         engine, dense: see :class:`FiitedStore`.
 
     Call with one table: ``bag(values [n], offsets [B], per_sample_weights [n])``, or 2-d values
-    [B, L]. With several tables: lists of these, one entry per table, or 2-d values [B, T] with one
-    id per table. Without offsets every id is a bag of its own.
+    [B, L]. With several tables: lists of these, one entry per table; or 2-d values [B, T] with one
+    id per table; or the layout of TorchRec and FBGEMM, all tables' values one after the other in
+    one array with offsets [T * B] (plus one). Without offsets every id is a bag of its own.
 
     Returns:
         fp32 [B, sum of D_t], on the CPU.
@@ -68,16 +71,15 @@ class FiitedEmbeddingBag(nn.Module):
         self.include_last_offset = include_last_offset
         self.lr = config.lr
         self.store = FiitedStore(config, tuple(tables), engine=engine, dense=dense)
-        self.pending_step = False
+        self._step = _Step()
         # Autograd calls backward only if an input wants a gradient: this scalar always does.
         self.anchor = torch.zeros((), requires_grad=True)
 
     def forward(self, values: Any, offsets: Any = None, per_sample_weights: Any = None) -> Tensor:
         ids, cuts, weights = self._split(values, offsets, per_sample_weights)
-        training = self.training and torch.is_grad_enabled()
-        if not training:
+        if not (self.training and torch.is_grad_enabled()):
             return self._evaluate(ids, cuts, weights)
-        if self.pending_step:
+        if self._step.pending:
             self.end_step()
         if weights is None:
             return _apply(self, ids, cuts, None)
@@ -85,7 +87,7 @@ class FiitedEmbeddingBag(nn.Module):
 
     def end_step(self) -> None:
         """Count a step and let rows grow and shrink; implied by the next training forward."""
-        self.pending_step = False
+        self._step.pending = False
         self.store.end_step()
 
     def adjust(self) -> None:
@@ -104,21 +106,25 @@ class FiitedEmbeddingBag(nn.Module):
 
     def _evaluate(
         self,
-        ids: list[npt.NDArray[Any]],
+        ids: Ids,
         cuts: list[npt.NDArray[Any]] | None,
         weights: list[Tensor] | None,
     ) -> Tensor:
         arrays = None if weights is None else [w.detach().numpy() for w in weights]
         mean = self.mode == "mean"
-        out, _ = self.store.lookup(list(ids), _as_list(cuts), mean=mean, weights=_as_list(arrays))
+        out, _ = self.store.lookup(ids, _as_list(cuts), mean=mean, weights=_as_list(arrays))
         return torch.from_numpy(out)
 
     def _split(
         self, values: Any, offsets: Any, weights: Any
-    ) -> tuple[list[npt.NDArray[Any]], list[npt.NDArray[Any]] | None, list[Tensor] | None]:
+    ) -> tuple[Ids, list[npt.NDArray[Any]] | None, list[Tensor] | None]:
         count = len(self.store.tables)
         if weights is not None and self.mode != "sum":
             raise ConfigError("per_sample_weights", "given", 'mode="sum" only')
+        if count > 1 and isinstance(values, Tensor | np.ndarray) and values.ndim == 1:
+            if offsets is None and weights is None:
+                return _numpy(values), None, None
+            values, offsets, weights = self._by_table(values, offsets, weights)
         if isinstance(values, Tensor) and values.ndim == 2:
             if offsets is not None:
                 raise ConfigError("offsets", "given", "no offsets with 2-d values")
@@ -138,10 +144,32 @@ class FiitedEmbeddingBag(nn.Module):
             cuts = _with_end(cuts, ids)
         return ids, cuts, None if weights is None else _listed(weights)
 
+    def _by_table(self, values: Any, offsets: Any, weights: Any) -> tuple[Any, Any, Any]:
+        """Values, offsets and weights of every table from arrays of all of them."""
+        cuts = np.arange(len(values) + 1) if offsets is None else _numpy(offsets)
+        if offsets is not None and not self.include_last_offset:
+            cuts = np.append(cuts, len(values))
+        bounds, parts = split_offsets(cuts, len(values), len(self.store.tables))
+        if not self.include_last_offset:
+            parts = [part[:-1] for part in parts]
+        split = [
+            None if a is None else [a[low:high] for low, high in bounds] for a in (values, weights)
+        ]
+        return split[0], None if offsets is None else parts, split[1]
+
+
+class _Step:
+    """Whether an update waits for its end of step. Not the module's own: to set that is slow."""
+
+    __slots__ = ("pending",)
+
+    def __init__(self) -> None:
+        self.pending = False
+
 
 def _apply(
     layer: FiitedEmbeddingBag,
-    ids: list[npt.NDArray[Any]],
+    ids: Ids,
     cuts: list[npt.NDArray[Any]] | None,
     weights: Tensor | None,
 ) -> Tensor:
@@ -158,7 +186,7 @@ class _Lookup(torch.autograd.Function):
         ctx: Any,
         anchor: Tensor,
         layer: FiitedEmbeddingBag,
-        ids: list[npt.NDArray[Any]],
+        ids: Ids,
         cuts: list[npt.NDArray[Any]] | None,
         weights: Tensor | None,
     ) -> Tensor:
@@ -167,22 +195,21 @@ class _Lookup(torch.autograd.Function):
             sizes = np.cumsum([len(table) for table in ids])[:-1]
             split = np.split(weights.detach().numpy(), sizes)
         mean = layer.mode == "mean"
-        out, batch = layer.store.lookup(
-            list(ids), _as_list(cuts), mean=mean, weights=_as_list(split), train=True
+        out, ctx.batch = layer.store.lookup(
+            ids, _as_list(cuts), mean=mean, weights=_as_list(split), train=True
         )
-        ctx.layer, ctx.batch = layer, batch
-        ctx.wants_weights = weights is not None and weights.requires_grad
-        ctx.inputs = (ids, cuts)
+        ctx.layer = layer
+        ctx.inputs = (ids, cuts) if weights is not None and weights.requires_grad else None
         return torch.from_numpy(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layer: FiitedEmbeddingBag = ctx.layer
         grad = grads[0].to(torch.float32).contiguous().numpy()
-        per_value = _weight_gradient(ctx, grad) if ctx.wants_weights else None
+        per_value = None if ctx.inputs is None else _weight_gradient(ctx, grad)
         scale = float(len(grad)) if layer.loss_reduction == "mean" else 1.0
         layer.store.update(ctx.batch, grad, lr=layer.lr, loss_scale=scale)
-        layer.pending_step = True
+        layer._step.pending = True
         return None, None, None, None, per_value
 
 

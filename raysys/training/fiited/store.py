@@ -8,6 +8,7 @@ owns one slot of class m. Every public method checks its input before any state 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from raysys.errors import CapabilityError, ConfigError
 from raysys.ops import fiited_abi as abi
-from raysys.training.fiited.batch_checks import check_offsets, check_weights
+from raysys.training.fiited.batch_checks import check_ids, check_offsets, check_weights
 from raysys.training.fiited.config import FiitedConfig, TableSpec, budget_slots, check_tables
 from raysys.training.fiited.native import F32, I64, Batch, NativeEngine
 
@@ -62,6 +63,7 @@ class FiitedStore:
         widths = [table.dim for table in tables]
         self.columns: I64 = np.cumsum([0, *widths[:-1]]).astype(np.int64)
         self.width = sum(widths)
+        self._even: tuple[int, I64] = (0, np.zeros(len(tables) + 1, np.int64))
 
     def __reduce__(self) -> NoReturn:
         raise ConfigError(
@@ -70,7 +72,7 @@ class FiitedStore:
 
     def lookup(
         self,
-        values: list[npt.ArrayLike],
+        values: Sequence[npt.ArrayLike] | npt.NDArray[Any],
         offsets: list[npt.ArrayLike] | None = None,
         *,
         mean: bool = False,
@@ -82,7 +84,8 @@ class FiitedStore:
         """Pooled vectors of a batch.
 
         Args:
-            values: ids per table, integers; without offsets all of the same length B.
+            values: ids per table, integers; without offsets all of the same length B. Or one
+                array of all ids, B of the first table, then B of the next: not copied if int64.
             offsets: per table B + 1 (or B, the last bag then ends with the values) positions.
             mean: divide by the bag's size; an empty bag gives zeros.
             weights: per value of every table, finite.
@@ -96,10 +99,9 @@ class FiitedStore:
         Raises:
             ConfigError: malformed ids, offsets or weights; nothing has changed.
         """
-        ids, joined = self._checked(values)
-        starts = np.array([0, *itertools.accumulate(map(len, ids))], np.int64)
-        absolute, bags = check_offsets(ids, offsets, starts)
-        per_value = check_weights(ids, weights)
+        joined, starts, sizes = self._joined(values)
+        absolute, bags = check_offsets(sizes, offsets, starts)
+        per_value = check_weights(sizes, weights)
         if out is None:
             out = aligned_empty(bags, self.width)
         elif out.shape != (bags, self.width) or out.dtype != np.float32:
@@ -238,17 +240,38 @@ class FiitedStore:
         """Ids of one table as int64, or a ConfigError that names the table and the position."""
         return check_ids(self.config, self.tables[index], ids, dense=self.dense)
 
-    def _checked(self, values: list[npt.ArrayLike]) -> tuple[list[I64], I64]:
-        """Ids of every table, checked, and all in one array; one pass where they are int64."""
+    def _joined(
+        self, values: Sequence[npt.ArrayLike] | npt.NDArray[Any]
+    ) -> tuple[I64, I64, list[int]]:
+        """Checked ids of all tables in one array, where each table's begin, and how many it has."""
+        if not isinstance(values, np.ndarray) or values.ndim != 1:
+            return self._listed(list(values))
+        count = len(self.tables)
+        bags, rest = divmod(len(values), count)
+        if rest:
+            raise ConfigError("values", len(values), f"as many ids for each of {count} tables")
+        if values.dtype != np.int64 or not values.flags.c_contiguous or not self._all_good(values):
+            return self._listed(list(values.reshape(count, bags)))
+        if bags != self._even[0]:
+            self._even = (bags, np.arange(count + 1, dtype=np.int64) * bags)
+        return values, self._even[1], [bags] * count
+
+    def _listed(self, values: list[Any]) -> tuple[I64, I64, list[int]]:
         if len(values) != len(self.tables):
             raise ConfigError("values", len(values), f"ids for {len(self.tables)} tables")
-        plain = [v for v in values if type(v) is np.ndarray and v.ndim == 1 and v.dtype == np.int64]
-        if len(plain) == len(values) and not self.dense:
-            joined = np.concatenate(plain)
-            if self.config.id_space != "signed" or not joined.size or joined.min() >= 0:
-                return plain, joined
-        ids = [self.check_ids(index, table) for index, table in enumerate(values)]
-        return ids, np.concatenate(ids)
+        plain = all(type(v) is np.ndarray and v.ndim == 1 and v.dtype == np.int64 for v in values)
+        joined: I64 | None = np.concatenate(values) if plain else None
+        if joined is None or not self._all_good(joined):
+            values = [self.check_ids(index, table) for index, table in enumerate(values)]
+            joined = np.concatenate(values)
+        sizes = [len(table) for table in values]
+        return joined, np.array([0, *itertools.accumulate(sizes)], np.int64), sizes
+
+    def _all_good(self, ids: I64) -> bool:
+        """Whether int64 ids need no closer look."""
+        if self.dense:
+            return False
+        return self.config.id_space != "signed" or not ids.size or bool(ids.min() >= 0)
 
     def _inspect(self, table: str, ids: npt.ArrayLike) -> tuple[npt.NDArray[np.int32], F32, I64]:
         index = self.table_index(table)
@@ -258,37 +281,9 @@ class FiitedStore:
 
 def aligned_empty(rows: int, width: int) -> F32:
     """An uninitialised fp32 [rows, width] at a cache line: whole-line writes are much faster."""
-    raw = np.empty(rows * width * 4 + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + rows * width * 4].view(np.float32).reshape(rows, width)
-
-
-def check_ids(
-    config: FiitedConfig, table: TableSpec, ids: npt.ArrayLike, *, dense: bool = False
-) -> I64:
-    """Ids of one table as int64.
-
-    Raises:
-        ConfigError: not one-dimensional integers, or out of range; names the table and position.
-    """
-    array = np.asarray(ids)
-    if array.size == 0:
-        return np.empty(0, np.int64)
-    if array.dtype.kind not in "iu" or array.ndim != 1:
-        remedy = "Hash strings with raysys.training.fiited.hash_strings"
-        got = f"{array.dtype} of {array.ndim} dimensions"
-        raise ConfigError(f"ids of {table.name}", got, "a 1-d integer array", remedy)
-    if array.dtype.kind == "u":
-        return np.ascontiguousarray(array.astype(np.uint64).view(np.int64))
-    values = np.ascontiguousarray(array, np.int64)
-    if (config.id_space == "signed" or dense) and values.min() < 0:
-        position = int(np.argmax(values < 0))
-        remedy = 'Set id_space="bits" to read negative ids as unsigned'
-        got = f"{values[position]} at position {position}"
-        raise ConfigError(f"ids of {table.name}", got, "ids of 0 or more", remedy)
-    if dense and values.max() >= table.rows:
-        raise ConfigError(f"ids of {table.name}", int(values.max()), f"below {table.rows}")
-    return values
+    raw = np.empty(rows * width + 16, np.float32)
+    start = -raw.ctypes.data % 64 // 4
+    return raw[start : start + rows * width].reshape(rows, width)
 
 
 def round_gap(step: int, interval: int) -> int:

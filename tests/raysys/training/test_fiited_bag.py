@@ -87,6 +87,57 @@ def test_two_d_input_and_last_offset_mean_the_same_as_bags() -> None:
     assert out.shape == (2, DIM)
 
 
+def tables_of(count: int, **fields: Any) -> FiitedEmbeddingBag:
+    tables = [TableSpec(name=f"t{i}", dim=DIM, rows=ROWS) for i in range(count)]
+    return FiitedEmbeddingBag(tables, full_config(lr=0.1), **fields)
+
+
+@pytest.mark.parametrize("case", ["one id a bag", "weights", "bags", "bags with an end", "numpy"])
+def test_one_array_of_all_tables_means_the_same_as_a_list(case: str) -> None:
+    end = case == "bags with an end"
+    layers = [tables_of(2, include_last_offset=end) for _ in range(2)]
+    values = [torch.tensor([1, 2, 2, 7]), torch.tensor([3, 3, 2, 9])]
+    offsets = [torch.tensor([0, 0, 3]), torch.tensor([0, 1, 3])]
+    weights = [torch.tensor([0.5, -1.0, 2.0, 0.0]), torch.tensor([1.0, 3.0, 0.5, 2.0])]
+    flat = torch.cat(values)
+    listed: tuple[Any, ...] = (values,)
+    joined: tuple[Any, ...] = (flat.numpy() if case == "numpy" else flat,)
+    if case == "weights":
+        listed, joined = (values, None, weights), (flat, None, torch.cat(weights))
+    if case == "bags":
+        listed, joined = (values, offsets), (flat, torch.cat([offsets[0], offsets[1] + 4]))
+    if end:
+        ends = torch.tensor([4])
+        listed = (values, [torch.cat([cuts, ends]) for cuts in offsets])
+        joined = (flat, torch.cat([offsets[0], offsets[1] + 4, ends + 4]))
+    for _ in range(3):
+        outputs = [layers[0](*listed), layers[1](*joined)]
+        torch.testing.assert_close(*outputs, rtol=0, atol=0)
+        assert outputs[0].abs().sum() > 0
+        for out in outputs:
+            (out**2).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("size", "offsets", "match"),
+    [
+        (5, None, "as many ids for each of 2 tables"),
+        (4, [0, 1, 2], "as many bags for each of 2 tables"),
+        (4, [1, 2, 3, 4], "a first offset of 0"),
+        (4, [0, 3, 9, 9], "non-decreasing"),
+        (4, [0, 3, 2, 4], r"offsets\[0\]"),
+        (4, [0.0, 1.0], "integers"),
+    ],
+)
+def test_one_array_that_is_no_batch_is_refused(size: int, offsets: Any, match: str) -> None:
+    layer = tables_of(2)
+    with pytest.raises(ConfigError, match=match):
+        layer(torch.arange(size), None if offsets is None else torch.tensor(offsets))
+    with pytest.raises(ConfigError, match="ids of t1"):
+        layer(torch.tensor([1, 2, 3, -4]))
+    assert layer.stats()["rows"] == 0
+
+
 def test_bfloat_gradients_are_accepted() -> None:
     ours, _ = pair("sgd", "sum")
     before = ours.store.export_dense("t", np.array([4]))

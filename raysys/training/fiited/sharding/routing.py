@@ -14,9 +14,10 @@ import numpy.typing as npt
 from raysys.errors import ConfigError
 from raysys.ops import fiited_abi as abi
 from raysys.ops.fiited_arithmetic import mix_array
+from raysys.training.fiited.batch_checks import check_ids
 from raysys.training.fiited.config import FiitedConfig, TableSpec
 from raysys.training.fiited.native import I64, U16, U32, U64
-from raysys.training.fiited.store import check_ids, table_seed
+from raysys.training.fiited.store import table_seed
 
 
 @dataclass(frozen=True, slots=True)
