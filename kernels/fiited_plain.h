@@ -23,6 +23,7 @@ template <int C> struct Chunk {
   static V widen(const u16* from, int p) {
 #ifdef __AVX512F__
     if constexpr (step == 16) return widen_16(from + p * step);
+    else
 #endif
     if constexpr (step == 8) return widen_8(from + p * step);
     else return widen_4(from + p * step);
