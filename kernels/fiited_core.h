@@ -218,8 +218,10 @@ class Store {
   }
   void take(Row& r, const Found& f) const {
     r.e = f.entry; r.u = f.util; r.refs = f.refs;
-    r.alive = f.entry ? f.entry->alive & kAliveMask : 0;
-    r.w = f.entry && c.layout == kSlabs ? pool->at(f.entry->slot, popcount(f.entry->alive & kAliveMask)) : nullptr;
+    r.w = nullptr; r.alive = 0;
+    if (!f.entry) return;
+    r.alive = f.entry->alive & kAliveMask;
+    if (c.layout == kSlabs) r.w = pool->at(f.entry->slot, popcount(r.alive));
   }
 
   void saw_row(u64 v, u16 t) {   // HyperLogLog over rows that were not resident when seen

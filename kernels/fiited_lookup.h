@@ -6,7 +6,7 @@
 namespace fiited {
 
 struct Batch {   // one lookup and, later, its update
-  std::vector<Row> rows;
+  Pile<Row> rows;
   std::vector<u32> inverse;          // row of each value
   std::vector<u32> bag;              // per value; empty: its position in its table, and no value has a weight
   std::vector<u32> order;            // values by row, in order of appearance; their bags where no value has a weight
@@ -29,7 +29,7 @@ struct Scratch {
     size_t size = 64;
     while (size < 2 * n) size *= 2;
     if (size > cells.size() || base > ~u32(0) - u32(n)) { cells.assign(std::max(size, cells.size()), 0); base = 1; }
-    if (n > keys.size()) { keys.resize(n); counts.resize(n); }
+    if (n >= keys.size()) { keys.resize(n + 1); counts.resize(n + 1); }
     mask = size - 1;
   }
   i64 bytes() const { return i64(4 * (cells.size() + counts.size()) + 8 * keys.size()); }
@@ -68,13 +68,13 @@ class Resolver {
   size_t homed_ = 0, looked_ = 0, settled_ = 0;
   Home homes_[kRing];
 };
-inline void resolve_all(Store& s, std::vector<Row>& rows) {
-  Resolver resolver(s, rows.data());
+inline void resolve_all(Store& s, Pile<Row>& rows) {
+  Resolver resolver(s, rows.begin());
   for (size_t i = 16; i < rows.size(); i += 16) resolver.advance(i);
   resolver.finish(rows.size());
 }
 
-// Tells the distinct rows of a table apart and finds their entries. b.rows has room for all of them.
+// Tells the distinct rows of a table apart and finds their entries.
 inline void find_distinct(Store& s, Batch& b, Scratch& scratch, const i64* ids, int t) {
   const u32 begin = b.table_start[t], end = b.table_start[t + 1], first = u32(b.rows.size());
   const TableConfig& table = s.tables[t];
@@ -85,7 +85,8 @@ inline void find_distinct(Store& s, Batch& b, Scratch& scratch, const i64* ids, 
   const size_t mask = scratch.mask;
   const u32 base = scratch.base;
   constexpr u32 kBlock = Resolver::kBlock;   // cells of a block are on their way while those of the one before are read
-  Resolver resolver(s, b.rows.data() + first);
+  Row* const rows = b.rows.next(end - begin);
+  Resolver resolver(s, rows);
   u64 keys[2 * kBlock];
   u32 n = 0;
   auto home = [&](u64 v) { return (dense ? v * kMixer >> 40 : v >> 20) & mask; };
@@ -96,7 +97,18 @@ inline void find_distinct(Store& s, Batch& b, Scratch& scratch, const i64* ids, 
       __builtin_prefetch(cells + home(v), 1);
     }
     if (low == begin) continue;
-    for (u32 i = low - kBlock; i < std::min(low, end); ++i) {
+    u32 missing[kBlock], m = 0;
+    for (u32 i = low - kBlock; i < std::min(low, end); ++i) {   // no branch to guess: half of the ids are new
+      const u64 v = keys[(i - begin) % (2 * kBlock)];
+      const u32 row = std::min(cells[home(v)] - base, n);
+      const bool seen = (row < n) & (known[row] == v);
+      b.inverse[i] = first + row;
+      counts[row] += seen;
+      missing[m] = i;
+      m += !seen;
+    }
+    for (u32 q = 0; q < m; ++q) {
+      const u32 i = missing[q];
       const u64 v = keys[(i - begin) % (2 * kBlock)];
       size_t at = home(v);
       while (cells[at] - base < n && known[cells[at] - base] != v) at = (at + 1) & mask;
@@ -104,8 +116,9 @@ inline void find_distinct(Store& s, Batch& b, Scratch& scratch, const i64* ids, 
       if (row == n) {
         cells[at] = base + n;
         known[n] = v;
-        counts[n++] = 0;
-        b.rows.push_back(Row{v, nullptr, nullptr, nullptr, nullptr, 0, 0, u16(t), 0});
+        counts[n] = 0;
+        rows[n].v = v;   // the rest comes with the entry
+        rows[n++].table = u16(t);
       }
       b.inverse[i] = first + row;
       ++counts[row];
@@ -114,6 +127,7 @@ inline void find_distinct(Store& s, Batch& b, Scratch& scratch, const i64* ids, 
   }
   resolver.finish(n);
   scratch.base += n;
+  b.rows.grow(n);
 }
 
 // For an update: how often each row of a table came, its values in order, and what the statistics need.
@@ -218,7 +232,7 @@ inline void gather(const Store& s, const Batch& b, int t, const i64* offsets, i6
   float* column = out + b.column[t];
   if (!offsets && b.scale.empty() && mask_below <= 0 && s.c.layout != kChunked) {
     const bool stream = streams(column, bags, stride);
-    auto plainly = [&](auto gather) { gather(b.rows.data(), b.inverse.data() + begin, end - begin, k, column, stride); return true; };
+    auto plainly = [&](auto gather) { gather(b.rows.begin(), b.inverse.data() + begin, end - begin, k, column, stride); return true; };
     auto of_width = [&](auto width) {
       constexpr int C = decltype(width)::value;
       if (s.c.half) return plainly(stream ? gather_plain<C, true, true> : gather_plain<C, true, false>);

@@ -48,6 +48,7 @@ template <class T> class Pile {
   T* end() { return data_.get() + n_; }
   const T* begin() const { return data_.get(); }
   const T* end() const { return data_.get() + n_; }
+  T& operator[](size_t i) { return data_[i]; }
   const T& operator[](size_t i) const { return data_[i]; }
   // Room for `more` values at the end, to be written before grow() takes some of them in.
   T* next(size_t more = 1) {

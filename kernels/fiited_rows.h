@@ -242,7 +242,7 @@ template <int L, int C, bool plain> inline i64 update_four(Store& s, Batch& b, c
   alignas(64) float sum[4 * C];
   i64 rejected = 0;
   const u32 n = u32(b.rows.size());
-  const Row* const rows = b.rows.data();
+  const Row* const rows = b.rows.begin();
   const u32* const order = b.order.data();   // bags: no value has a weight
   const i64* const columns = b.column.data();
   const int chunk_bytes = plain ? C * 4 : s.chunk_bytes;

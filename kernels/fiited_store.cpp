@@ -176,8 +176,8 @@ i64 fiited_lookup(void* raw, void* batch, const i64* ids, const i64* starts, con
     if (train && s.frozen) return kFrozen;
     Batch& b = *static_cast<Batch*>(batch);
     const i64 n = starts[s.c.tables];
-    b.rows.clear();
-    b.rows.reserve(size_t(n));
+    b.rows.cut_to(0);
+    b.rows.next(size_t(n));   // room: rows do not move while they are found
     b.inverse.resize(size_t(n));
     b.order.resize(size_t(n));
     b.bag.resize(offsets || weights ? size_t(n) : 0);
@@ -200,7 +200,7 @@ i64 fiited_lookup(void* raw, void* batch, const i64* ids, const i64* starts, con
       for (int t = 0; t < s.c.tables; ++t) gather(s, b, t, offsets, bags, out, stride, mask_below);
     }
     b.version = s.directory ? s.directory->version : 0;
-    h.scratch_bytes = std::max<i64>(h.scratch_bytes, i64(b.rows.capacity() * sizeof(Row) + 12 * b.inverse.capacity()));
+    h.scratch_bytes = std::max<i64>(h.scratch_bytes, b.rows.bytes() + i64(12 * b.inverse.capacity()));
     return i64(b.rows.size());
   });
 }
