@@ -63,6 +63,7 @@ class FiitedStore:
         widths = [table.dim for table in tables]
         self.columns: I64 = np.cumsum([0, *widths[:-1]]).astype(np.int64)
         self.width = sum(widths)
+        self._rows = min(table.rows for table in tables)
         self._even: tuple[int, I64] = (0, np.zeros(len(tables) + 1, np.int64))
 
     def __reduce__(self) -> NoReturn:
@@ -269,9 +270,9 @@ class FiitedStore:
 
     def _all_good(self, ids: I64) -> bool:
         """Whether int64 ids need no closer look."""
-        if self.dense:
-            return False
-        return self.config.id_space != "signed" or not ids.size or bool(ids.min() >= 0)
+        if not ids.size or (self.config.id_space != "signed" and not self.dense):
+            return True
+        return bool(ids.min() >= 0) and (not self.dense or bool(ids.max() < self._rows))
 
     def _inspect(self, table: str, ids: npt.ArrayLike) -> tuple[npt.NDArray[np.int32], F32, I64]:
         index = self.table_index(table)
