@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
+import glob
 import os
 import shutil
 import stat
@@ -109,12 +110,46 @@ def sweep() -> int:
     with os.scandir(root()) as entries:
         paths = [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
     for path in paths:
-        lock = _locked(path)
-        if lock is not None:
-            shutil.rmtree(path, ignore_errors=True)
-            os.close(lock)
-            removed += not path.exists()
+        removed += _remove_if_free(path)
     return removed
+
+
+@contextlib.contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """An empty folder beside ``target``, on the same disk, to be renamed to it once it is complete.
+
+    What killed processes left there for the same target goes first. At the end of the block the
+    folder is removed, unless it was renamed.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{target.name}.part-"
+    for old in target.parent.glob(glob.escape(prefix) + "*"):
+        _remove_if_free(old)
+    for left in range(ATTEMPTS, 0, -1):
+        partial = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+        lock = _locked(partial)
+        if lock is not None or left == 1:  # no lock where a disk has none: then nobody removes it
+            break
+        shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _remove_if_free(path: Path) -> bool:
+    """Remove a folder that no living process holds; whether it is gone."""
+    lock = _locked(path)
+    if lock is None:
+        return False
+    shutil.rmtree(path, ignore_errors=True)
+    os.close(lock)
+    return not path.exists()
 
 
 def _locked(path: Path) -> int | None:

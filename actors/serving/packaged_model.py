@@ -11,14 +11,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from raysys import machine
+from raysys import machine, scratch
 from raysys.errors import CapabilityError, DataError, StorageError
 from raysys.serving.model_files import CHECKSUMS, check_folder, list_checksums, sha256
 
@@ -75,17 +73,11 @@ def packaged_file() -> Path:
 def _make(folder: Path) -> None:
     source = packaged_file()
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise _storage_error(folder.parent, error) from error
-    try:
-        _convert(source, partial)
-        _rename(partial, folder)
+        with scratch.beside(folder) as partial:
+            _convert(source, partial)
+            _rename(partial, folder)
     except OSError as error:
         raise _storage_error(folder, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _rename(partial: Path, folder: Path) -> None:

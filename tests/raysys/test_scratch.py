@@ -114,3 +114,42 @@ def test_a_file_system_without_locks_is_told(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(scratch, "_locked", lambda path: None)
     with pytest.raises(StorageError, match="cannot lock"):
         scratch.Scratch.make("x")
+
+
+FILLS = """
+import sys
+from pathlib import Path
+from raysys import scratch
+with scratch.beside(Path(sys.argv[1])) as path:
+    (path / "file").write_text("x")
+    print(path, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_an_unfinished_folder_beside_its_target_goes_with_the_next_one(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "model[1]"
+    with scratch.beside(target) as path:
+        assert path.parent == target.parent
+        (path / "file").write_text("x")
+        path.rename(target)
+    assert (target / "file").read_text() == "x"
+    aside = target.with_name(".model[1]-old-7")
+    aside.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", FILLS, str(target)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(machine.app_root())},
+    ) as process:
+        assert process.stdout is not None
+        unfinished = Path(process.stdout.readline().strip())
+        with scratch.beside(target):
+            assert (unfinished / "file").is_file(), "its process lives"
+        process.send_signal(signal.SIGKILL)
+    assert unfinished.is_dir()
+    with scratch.beside(target):
+        assert not unfinished.exists()
+    assert aside.is_dir()
+    assert sorted(p.name for p in target.parent.iterdir()) == [aside.name, target.name]

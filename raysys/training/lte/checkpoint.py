@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from raysys import scratch
 from raysys.errors import StorageError
 from raysys.training.lte.adapters import adapter_of
 from raysys.training.lte.config import FORMAT_VERSION, ConvertConfig
@@ -223,26 +223,21 @@ def write_folder(
     """
     from safetensors.torch import save_file
 
-    partial: Path | None = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        save_file({**_tensors(model), **extra}, partial / WEIGHTS, metadata={"format": "pt"})
-        config = model.config.to_dict()  # type: ignore[union-attr, operator]
-        config = {**config, **changes}
-        config = {key: value for key, value in config.items() if value is not None}
-        (partial / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
-        for pattern in _KEPT if tokenizer_from is not None else ():
-            for path in tokenizer_from.glob(pattern):  # type: ignore[union-attr]
-                shutil.copy2(path, partial / path.name)
-        partial.chmod(0o755)
-        _replace(partial, folder)
+        with scratch.beside(folder) as partial:
+            save_file({**_tensors(model), **extra}, partial / WEIGHTS, metadata={"format": "pt"})
+            config = model.config.to_dict()  # type: ignore[union-attr, operator]
+            config = {**config, **changes}
+            config = {key: value for key, value in config.items() if value is not None}
+            (partial / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+            for pattern in _KEPT if tokenizer_from is not None else ():
+                for path in tokenizer_from.glob(pattern):  # type: ignore[union-attr]
+                    shutil.copy2(path, partial / path.name)
+            partial.chmod(0o755)
+            _replace(partial, folder)
     except OSError as error:
         reason = error.strerror or str(error)
         raise StorageError(str(folder), reason, "Free space or choose another folder") from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def digest(model: nn.Module) -> str:
