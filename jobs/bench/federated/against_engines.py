@@ -81,20 +81,21 @@ def environment(rival: str) -> Path:
     folder = machine.cache_dir() / "bench-environments" / f"{rival}-{sys.version_info[1]}"
     python = folder / "bin" / "python"
     ready = folder / "ready"
-    if ready.is_file() and ready.read_text(encoding="utf-8") == REQUIREMENTS[rival]:
-        return python
-    try:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, REQUIREMENTS[rival]], check=True, timeout=TIMEOUT_S)
-    except (subprocess.SubprocessError, OSError) as error:
-        raise CapabilityError(
-            rival, f"its environment cannot be made ({error})", "Give pip access to an index"
-        ) from error
-    base = sysconfig.get_path("purelib")
+    if not ready.is_file() or ready.read_text(encoding="utf-8") != REQUIREMENTS[rival]:
+        try:
+            subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+            pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            subprocess.run([*pip, REQUIREMENTS[rival]], check=True, timeout=TIMEOUT_S)
+        except (subprocess.SubprocessError, OSError) as error:
+            raise CapabilityError(
+                rival, f"its environment cannot be made ({error})", "Give pip access to an index"
+            ) from error
+        ready.write_text(REQUIREMENTS[rival], encoding="utf-8")
+    # What it shares with us comes from the environment that runs now: the one that made it may be
+    # gone.
     own = next((folder / "lib").glob("python3*/site-packages"))
+    base = sysconfig.get_path("purelib")
     (own / "zz_raysys_base.pth").write_text(f"{base}\n", encoding="utf-8")
-    ready.write_text(REQUIREMENTS[rival], encoding="utf-8")
     return python
 
 
