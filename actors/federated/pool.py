@@ -89,15 +89,12 @@ class WorkerPool:
             ready, _ = ray.wait(list(self._flying), num_returns=1)
             worker, call = self._flying.pop(ready[0])
             rest = self._rest.pop(ready[0], None)
+            self._load[worker] -= 1
             try:
                 result = ray.get(ready[0])
             except LOST as error:
                 self._recover(worker, call, queue, error)
-            except BaseException:
-                self._load[worker] -= 1
-                raise
             else:
-                self._load[worker] -= 1
                 self._fill(queue)
                 yield call.tag, (result, rest) if call.parts else result
             self._fill(queue)

@@ -42,7 +42,7 @@ from raysys.runs import RunDirectory
 from raysys.serving.andes.qoe import Outcome, QoESpec
 
 FOLDER = machine.app_root() / "deploy" / "monitoring"
-DEADLINE_S = 90.0  # Ray hands metrics on every ten seconds, a loaded machine later
+DEADLINE_S = 200.0  # Ray hands metrics on every ten seconds, a loaded machine later
 Exported = dict[str, set[str]]  # name -> label names
 
 

@@ -32,10 +32,10 @@ def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def holder() -> Iterator[tuple[subprocess.Popen[str], Path]]:
+def holder(program: str = HOLDS, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """A process that holds a folder until its standard input ends."""
     with subprocess.Popen(
-        [sys.executable, "-c", HOLDS],
+        [sys.executable, "-c", program, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -136,15 +136,7 @@ def test_an_unfinished_folder_beside_its_target_goes_with_the_next_one(tmp_path:
     assert (target / "file").read_text() == "x"
     aside = target.with_name(".model[1]-old-7")
     aside.mkdir()
-    with subprocess.Popen(
-        [sys.executable, "-c", FILLS, str(target)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(machine.app_root())},
-    ) as process:
-        assert process.stdout is not None
-        unfinished = Path(process.stdout.readline().strip())
+    with holder(FILLS, str(target)) as (process, unfinished):
         with scratch.beside(target):
             assert (unfinished / "file").is_file(), "its process lives"
         process.send_signal(signal.SIGKILL)
